@@ -1,0 +1,92 @@
+"""Interception of module calls, and of the parameters that they read.
+
+Two things are done to the user's modules while a step runs, and undone after it: every call of a submodule goes through
+a handler of ours, and entries of ``_parameters`` are exchanged. This file is the only one that does either.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["CallHandler", "ParameterSlots", "intercepted_calls"]
+
+#: ``handler(call, module, path, args, kwargs)`` does what a call of ``module`` should do; ``call`` is the original.
+CallHandler = Callable[[Callable[..., Any], nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def intercepted_calls(root: nn.Module, handler: CallHandler) -> Iterator[None]:
+    """Send every call of ``root`` and its submodules, hooks included, through ``handler``.
+
+    ``nn.Module.__call__`` looks for ``_compiled_call_impl`` on the instance first (that is how ``module.compile()``
+    works), so nothing is patched but the instances, and copies or pickles of them made meanwhile are clean.
+    """
+    touched: list[tuple[nn.Module, Any]] = []
+    for path, module in root.named_modules():
+        before = module.__dict__.get("_compiled_call_impl")
+        call = before if before is not None else module._call_impl
+        module.__dict__["_compiled_call_impl"] = partial(_through, handler, call, module, path)
+        touched.append((module, before))
+    try:
+        yield
+    finally:
+        for module, before in touched:
+            if before is None:
+                module.__dict__.pop("_compiled_call_impl", None)
+            else:
+                module.__dict__["_compiled_call_impl"] = before
+
+
+def _through(
+    handler: CallHandler, call: Callable[..., Any], module: nn.Module, path: str, *args: Any, **kwargs: Any
+) -> Any:
+    return handler(call, module, path, args, kwargs)
+
+
+class ParameterSlots:
+    """The places in which the parameters of a module tree stand, to put other tensors there for a while.
+
+    Args:
+        root: The module tree.
+
+    A parameter that is registered under several names has several places; its name is the first of them.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.names: dict[nn.Parameter, str] = {}
+        self._places: list[tuple[dict[str, Any], str, nn.Parameter, str]] = []
+        self._flat: list[tuple[Any, list[Any]]] = []
+        for path, module in root.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    full_name = self.names.setdefault(parameter, f"{path}.{name}" if path else name)
+                    self._places.append((module._parameters, name, parameter, full_name))
+            if isinstance(module, nn.RNNBase):  # keeps a second list of its parameters
+                self._flat.append((module, list(module._flat_weights)))
+        self.parameters = {name: parameter for parameter, name in self.names.items()}
+        uses = Counter(id(parameter) for _, _, parameter, _ in self._places)
+        self.aliased = {name for name, parameter in self.parameters.items() if uses[id(parameter)] > 1}
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let ``tensors[name]`` stand in the places of the parameter ``name``; the others stay."""
+        for entries, name, parameter, full_name in self._places:
+            entries[name] = tensors.get(full_name, parameter)
+        for module, flat in self._flat:
+            module._flat_weights = [self._substitute(tensors, weight) for weight in flat]
+        try:
+            yield
+        finally:
+            for entries, name, parameter, _ in self._places:
+                entries[name] = parameter
+            for module, flat in self._flat:
+                module._flat_weights = list(flat)
+
+    def _substitute(self, tensors: Mapping[str, Tensor], weight: Any) -> Any:
+        return tensors.get(self.names[weight], weight) if weight in self.names else weight

@@ -1,0 +1,120 @@
+"""The whole model from its parts: for checkpoints, for validation, and for the end of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.stage.snapshot import drop_storage, restore_storage
+
+__all__ = ["OptimizerShards", "WeightShards"]
+
+
+class WeightShards:
+    """The parameters and buffers of a module, of which each stage owns some.
+
+    Args:
+        root: The module.
+        slots: Its parameters.
+        plan: Who owns what.
+        stage: The stage of this process.
+        ranks: The global rank of each stage of this replica.
+        group: Their process group.
+    """
+
+    def __init__(
+        self, root: nn.Module, slots: ParameterSlots, plan: Plan, stage: int, ranks: list[int], group: Any
+    ) -> None:
+        self._ranks, self._group = ranks, group
+        self._owners = {name: plan.stage_of(name)[0] for name in slots.parameters}
+        self._parameters = slots.parameters
+        self._trainable = {name: p.requires_grad for name, p in slots.parameters.items()}
+        self._foreign = {name for name, owner in self._owners.items() if owner != stage}
+        self._root, self._modules = root, plan.modules
+
+    def disperse(self) -> None:
+        """Keep the values of this stage alone; the other parameters become shadows."""
+        for name in self._foreign:
+            drop_storage(self._parameters[name])
+
+    def assemble(self) -> None:
+        """Give every process all values. All stages must call it."""
+        for name, parameter in self._parameters.items():
+            if name in self._foreign:
+                restore_storage(parameter, self._trainable[name])
+            self._broadcast(parameter.data, self._owners[name])
+        for path, module in self._root.named_modules():
+            if (owner := self._modules.get(path)) is not None:
+                for buffer in module.buffers(recurse=False):
+                    self._broadcast(buffer.data, owner)
+
+    def _broadcast(self, tensor: Tensor, owner: int) -> None:
+        dense = tensor.contiguous()
+        dist.broadcast(dense, self._ranks[owner], group=self._group)
+        if dense is not tensor:
+            tensor.copy_(dense)
+
+
+class OptimizerShards:
+    """An optimizer of which each stage updates its own parameters.
+
+    Args:
+        optimizer: As the user made it, for all parameters. The parameters of other stages, and what it remembers about
+            them, are taken out; groups and their order stay.
+        slots: The parameters of the module.
+        plan: Who owns what.
+        stage: The stage of this process.
+        group: The process group of the replica's stages.
+        destination: The global rank that collects the state.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, slots: ParameterSlots, plan: Plan, stage: int, group: Any, destination: int
+    ) -> None:
+        self.optimizer, self._group, self._destination = optimizer, group, destination
+        self._names: list[list[str]] = []
+        self._own: list[str] = []
+        for param_group in optimizer.param_groups:
+            names = [slots.names[p] for p in param_group["params"]]
+            own = [name for name in names if stage in plan.stage_of(name)]
+            self._names.append(names)
+            self._own += own
+            param_group["params"] = [slots.parameters[name] for name in own]
+        for name, parameter in slots.parameters.items():
+            if stage not in plan.stage_of(name):
+                optimizer.state.pop(parameter, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for all parameters in the user's order, on the collecting rank; ``{}`` elsewhere.
+
+        All stages must call it.
+        """
+        local = self.optimizer.state_dict()
+        mine = {self._own[i]: _to_host(state) for i, state in local["state"].items()}
+        collects = dist.get_rank() == self._destination
+        parts: list[Any] | None = [None] * dist.get_world_size(self._group) if collects else None
+        dist.gather_object(mine, parts, self._destination, self._group)
+        if parts is None:
+            return {}
+        states = {name: state for part in parts for name, state in part.items()}
+        order = [name for names in self._names for name in names]
+        indices = iter(range(len(order)))
+        groups = [
+            {**saved, "params": [next(indices) for _ in names]}
+            for saved, names in zip(local["param_groups"], self._names)
+        ]
+        return {
+            **local,
+            "state": {i: states[name] for i, name in enumerate(order) if name in states},
+            "param_groups": groups,
+        }
+
+
+def _to_host(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.detach().cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}

@@ -1,0 +1,375 @@
+"""Ghosts: tensors that have a shape, a dtype and a device but no values.
+
+A ghost stands for the work of another stage. Operations on ghosts yield ghosts, whatever touches no ghost stays real:
+no mode is active around user code. A ghost may be *bound* to a value that arrives from the stage that made it; the
+first operation that touches a bound ghost waits for the value and computes with it.
+
+The shapes come from :class:`torch._subclasses.FakeTensor`, the only private part of torch that this file touches.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+
+__all__ = [
+    "Ghost",
+    "GhostError",
+    "GhostMode",
+    "GhostRead",
+    "is_unbound",
+    "leaves",
+    "map_leaves",
+    "map_tensors",
+    "tensors_in",
+]
+
+
+class GhostError(RuntimeError):
+    """A ghost reached a computation that needs its values."""
+
+
+class GhostRead(BaseException):
+    """User code asked for the value of a ghost.
+
+    Not an :class:`Exception`, so that ``except Exception`` in user code does not swallow it.
+    """
+
+    def __init__(self, ghost: Ghost, what: str) -> None:
+        super().__init__(f"`{what}` reads the value of {ghost.describe()}")
+        self.ghost = ghost
+        self.what = what
+
+
+class Ghost(torch.Tensor):
+    """A tensor without values. See the module docstring.
+
+    Args:
+        fake: The shape, dtype, strides and device to show.
+        family: What decides what operations on the ghost do.
+        origin: Who makes the value, for messages: a module path or a parameter name.
+        requires_grad: What ``requires_grad`` of the real tensor would be.
+    """
+
+    fake: FakeTensor
+    family: GhostMode
+    origin: str
+    needs_grad: bool
+    vid: int
+    _real: Tensor | None
+    _receive: Callable[[], Tensor] | None
+
+    @staticmethod
+    def __new__(cls, fake: FakeTensor, family: GhostMode, origin: str, requires_grad: bool = False) -> Ghost:
+        with torch._C.DisableTorchFunctionSubclass():
+            ghost = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, fake.size(), strides=fake.stride(), dtype=fake.dtype, layout=fake.layout, device=fake.device
+            )
+        ghost.fake, ghost.family, ghost.origin, ghost.needs_grad = fake, family, origin, requires_grad
+        ghost.vid, ghost._real, ghost._receive = -1, None, None
+        return ghost
+
+    @property
+    def bound(self) -> bool:
+        """Whether a real value is, or will be, here."""
+        return self._real is not None or self._receive is not None
+
+    def bind(self, receive: Callable[[], Tensor]) -> None:
+        """Let ``receive()`` supply the value at the first touch."""
+        self._receive = receive
+
+    def received(self) -> Tensor:
+        """The received value; waits for it if need be. Only for bound ghosts."""
+        if self._real is None:
+            assert self._receive is not None
+            self._real = self._receive()
+        return self._real
+
+    def describe(self) -> str:
+        with torch._C.DisableTorchFunctionSubclass():
+            return f"a {tuple(self.shape)} {self.dtype} tensor made by {self.origin}"
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<ghost: {self.describe()}>"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise GhostRead(self, "pickle")
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise GhostRead(self, "copy.deepcopy")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _first_ghost(args, kwargs).family.call(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise GhostRead(_first_ghost(args, kwargs), str(func))
+
+
+class GhostMode:
+    """What operations on ghosts do. One family of ghosts shares one mode.
+
+    The tracer overrides the hooks; a running stage uses this class as it is.
+    """
+
+    def __init__(self) -> None:
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        #: Ids of real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
+        self.written_over: set[int] = set()
+
+    # ----- making ghosts
+
+    def like(self, tensor: Tensor, origin: str, requires_grad: bool, device: torch.device) -> Ghost:
+        """A ghost with the shape and dtype of ``tensor``."""
+        with self.fake_mode:
+            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+        return Ghost(fake, self, origin, requires_grad)  # type: ignore[arg-type]
+
+    def again(self, ghost: Ghost, origin: str) -> Ghost:
+        """A fresh, unbound ghost with the looks of ``ghost``."""
+        return Ghost(ghost.fake, self, origin, ghost.needs_grad)
+
+    # ----- operations
+
+    def observe(self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None) -> None:
+        """Called after each operation on ghosts; ``changed`` is the ghost that was modified in place, if any."""
+
+    def around(self, func: Any) -> AbstractContextManager[Any]:
+        """What surrounds the fake execution of ``func``."""
+        return nullcontext()
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        name = getattr(func, "__name__", str(func))
+        subject = args[0] if args else None
+        if isinstance(subject, Ghost) and name in _SPECIAL:
+            return _SPECIAL[name](subject, *args[1:], **kwargs)
+        owner = getattr(func, "__self__", None)  # `Tensor.shape.__get__` and the like
+        if name == "__get__" and isinstance(subject, Ghost):
+            attribute = getattr(owner, "__name__", "")
+            if attribute in _METADATA:
+                return _METADATA[attribute](subject)
+        elif name == "__set__" and isinstance(subject, Ghost):
+            return _set_attribute(subject, getattr(owner, "__name__", ""), args[1])
+
+        inputs = tensors_in((args, kwargs), Ghost)
+        if any(g.bound for g in inputs):
+            args, kwargs = map_tensors(_realise, args), map_tensors(_realise, dict(kwargs))
+            inputs = [g for g in inputs if not g.bound]
+            if not inputs:
+                return func(*args, **kwargs)
+            subject = args[0] if args else None
+        if name in _READS:
+            raise GhostRead(inputs[0], name)
+
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        out = kwargs.get("out")
+        for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
+            if isinstance(target, Tensor) and not isinstance(target, Ghost):
+                if id(target) in self.written_over:
+                    return None if name == "__setitem__" else target
+                raise GhostError(
+                    f"`{name}` writes {inputs[0].describe()} in place into a tensor that does not come from the model."
+                    " A stage that does not own the value cannot do that: build the result with `torch.cat`,"
+                    " `torch.stack` or `torch.where` instead."
+                )
+
+        fakes = {id(g.fake): g for g in inputs}
+        try:
+            with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, self.around(func):
+                result = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise GhostRead(inputs[0], name) from None
+        needs_grad = (
+            torch.is_grad_enabled()
+            and name not in _CUTS_GRAPH
+            and any(
+                t.needs_grad if isinstance(t, Ghost) else t.requires_grad for t in tensors_in((args, kwargs), Tensor)
+            )
+        )
+        outputs: list[Ghost] = []
+
+        def wrap(fake: Tensor) -> Ghost:
+            ghost = fakes.get(id(fake))
+            if ghost is None:
+                differentiable = fake.is_floating_point() or fake.is_complex()
+                ghost = Ghost(fake, self, inputs[0].origin, needs_grad and differentiable)  # type: ignore[arg-type]
+            outputs.append(ghost)
+            return ghost
+
+        result = map_tensors(wrap, result)
+        changed = subject if in_place and isinstance(subject, Ghost) else None
+        if changed is not None:
+            changed.needs_grad |= needs_grad
+            if changed not in _Identity(outputs):
+                outputs.append(changed)
+        self.observe(func, inputs, outputs, changed)
+        return result
+
+
+class _Identity:
+    """Membership by identity: ``==`` on tensors compares values."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.ids = {id(item) for item in items}
+
+    def __contains__(self, item: Any) -> bool:
+        return id(item) in self.ids
+
+
+def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
+    """Rebuild ``obj`` with ``fn`` applied to every leaf.
+
+    Lists, tuples, named tuples, dicts, other mappings, dataclasses and slices are nests; everything else is a leaf.
+    """
+    if isinstance(obj, Tensor) or obj is None:
+        return fn(obj)
+    if isinstance(obj, (list, tuple)):
+        items = [map_leaves(fn, item) for item in obj]
+        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+    if type(obj) is dict:
+        return {key: map_leaves(fn, value) for key, value in obj.items()}
+    if isinstance(obj, slice):
+        return slice(*(map_leaves(fn, part) for part in (obj.start, obj.stop, obj.step)))
+    if isinstance(obj, MutableMapping):  # also the outputs of Hugging Face models, which are dataclasses besides
+        mapping = copy.copy(obj)
+        for key, value in obj.items():
+            mapping[key] = map_leaves(fn, value)
+        return mapping
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        copied: Any = copy.copy(obj)
+        for field in dataclasses.fields(obj):
+            object.__setattr__(copied, field.name, map_leaves(fn, getattr(obj, field.name)))
+        return copied
+    return fn(obj)
+
+
+def leaves(obj: Any) -> list[Any]:
+    """All leaves of the nest ``obj``, in the order of :func:`map_leaves`."""
+    if isinstance(obj, Tensor) or obj is None:
+        return [obj]
+    if isinstance(obj, (list, tuple)):
+        return [leaf for item in obj for leaf in leaves(item)]
+    if isinstance(obj, MutableMapping):
+        return [leaf for item in obj.values() for leaf in leaves(item)]
+    if isinstance(obj, slice):
+        return leaves((obj.start, obj.stop, obj.step))
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return [leaf for field in dataclasses.fields(obj) for leaf in leaves(getattr(obj, field.name))]
+    return [obj]
+
+
+def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:
+    """Rebuild the nest ``obj`` with ``fn`` applied to every tensor."""
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, obj)
+
+
+def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
+    """The tensors of type ``kind`` in a nest, in order."""
+    return [leaf for leaf in leaves(obj) if isinstance(leaf, kind)]
+
+
+def is_unbound(obj: Any) -> bool:
+    """Whether ``obj`` is a ghost for which no value will come."""
+    return isinstance(obj, Ghost) and not obj.bound
+
+
+def _first_ghost(args: Any, kwargs: Any) -> Ghost:
+    return tensors_in((args, kwargs), Ghost)[0]
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    return tensor.fake if isinstance(tensor, Ghost) else tensor.detach()
+
+
+def _realise(tensor: Tensor) -> Tensor:
+    return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor
+
+
+def _set_attribute(ghost: Ghost, attribute: str, value: Any) -> None:
+    if attribute == "requires_grad":
+        ghost.needs_grad = bool(value)
+    elif attribute not in ("grad",):
+        raise GhostRead(ghost, f"assignment to .{attribute}")
+
+
+def _requires_grad_(ghost: Ghost, requires_grad: bool = True) -> Ghost:
+    ghost.needs_grad = requires_grad
+    return ghost
+
+
+class _NoHandle:
+    def remove(self) -> None: ...
+
+
+def _metadata(attribute: str) -> Callable[[Ghost], Any]:
+    def get(ghost: Ghost) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return getattr(ghost.fake, attribute)
+
+    return get
+
+
+# Answered without waiting for a bound value and without counting as an operation.
+_METADATA: dict[str, Callable[[Ghost], Any]] = {
+    **{
+        name: _metadata(name)
+        for name in """
+        shape dtype device ndim layout itemsize nbytes names
+        is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_xpu
+        """.split()  # noqa: SIM905
+    },
+    "requires_grad": lambda ghost: ghost.needs_grad,
+    "is_leaf": lambda ghost: not ghost.needs_grad,
+    "grad": lambda ghost: None,
+    "grad_fn": lambda ghost: None,
+    "_version": lambda ghost: 0,
+}
+
+_SPECIAL: dict[str, Callable[..., Any]] = {
+    "size": lambda ghost, *args, **kwargs: ghost.fake.size(*args, **kwargs),
+    "dim": lambda ghost: ghost.fake.dim(),
+    "numel": lambda ghost: ghost.fake.numel(),
+    "is_floating_point": lambda ghost: ghost.fake.is_floating_point(),
+    "is_complex": lambda ghost: ghost.fake.is_complex(),
+    "element_size": lambda ghost: ghost.fake.element_size(),
+    "__hash__": id,
+    "__len__": lambda ghost: ghost.fake.size(0),
+    "__repr__": lambda ghost, **_: Ghost.__repr__(ghost),
+    "requires_grad_": _requires_grad_,
+    "retain_grad": lambda ghost: None,
+    "register_hook": lambda ghost, hook: _NoHandle(),
+    "__deepcopy__": Ghost.__deepcopy__,
+    "__reduce_ex__": Ghost.__reduce_ex__,
+}
+
+_READS = frozenset(
+    """
+    item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __format__ __contains__ __str__
+    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__
+    """.split()  # noqa: SIM905
+)
+_IN_PLACE = frozenset(
+    """
+    __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__
+    __ixor__ __ilshift__ __irshift__
+    """.split()  # noqa: SIM905
+)
+_CUTS_GRAPH = frozenset(("detach", "detach_"))

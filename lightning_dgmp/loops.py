@@ -1,0 +1,62 @@
+"""Lightning's training loops, without their per-batch synchronisation of the world.
+
+``_TrainingEpochLoop`` broadcasts a flag on all processes before every batch and waits for it, which would put all
+stages in lock-step. Here the wish to stop travels with the errors to stage 0, and its decision with the activations to
+all, so that all stages stop after the same batch. These classes are the only place that overrides Lightning's loops.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lightning_dgmp.strategy import DelayedMPStrategy
+
+__all__ = ["install_loops"]
+
+
+def install_loops(trainer: Trainer) -> None:
+    """Make the loops of ``trainer`` behave as those below, with all their state."""
+    trainer.fit_loop.__class__ = _DelayedFitLoop
+    trainer.fit_loop.epoch_loop.__class__ = _DelayedEpochLoop
+
+
+class _DelayedEpochLoop(_TrainingEpochLoop):
+    @property
+    def _strategy(self) -> DelayedMPStrategy:
+        return self.trainer.strategy  # type: ignore[return-value]
+
+    @property
+    @override
+    def done(self) -> bool:
+        runner = self._strategy.runner
+        if runner is not None:
+            if self.trainer.should_stop or self.trainer.received_sigterm:
+                runner.stop_requested = True
+            self.trainer.should_stop = runner.stop_agreed
+        return super().done
+
+    @override
+    def _broadcast_sigterm_tensor(self) -> None:
+        """The stop flag travels with the messages instead."""
+
+    @override
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        if self._should_check_val_fx(data_fetcher):
+            with self._strategy.whole_model():
+                super().on_advance_end(data_fetcher)
+        else:
+            super().on_advance_end(data_fetcher)
+
+
+class _DelayedFitLoop(_FitLoop):
+    @override
+    def on_run_end(self) -> None:
+        self.trainer.strategy.finish_training()  # type: ignore[attr-defined]
+        super().on_run_end()

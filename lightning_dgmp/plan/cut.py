@@ -1,0 +1,212 @@
+"""Where a traced step can be cut, what that costs, and which cuts are best.
+
+Parameters are ordered by their first use; those that one operation uses together form a *unit*. A cut before unit ``c``
+gives the units below ``c`` to earlier stages. An operation runs on the latest stage among its parameters and inputs, so
+with ``height(op) = max(unit of its parameters, heights of its inputs)`` it is late for the cut ``c`` exactly if
+``height(op) >= c``: the heights are computed once and answer for every cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from lightning_dgmp.plan.trace import Trace
+
+__all__ = ["Cuts", "PlanError", "Unit", "choose_cuts", "stage_cost"]
+
+# Cost is counted in floating point operations. A byte that an operation moves, a byte of a parameter that the optimizer
+# updates and a byte that crosses a cut are worth this many of them: figures of a CPU core or an accelerator of today,
+# which differ less in these ratios than in speed.
+_PER_BYTE = 8
+_PER_PARAMETER_BYTE = 20
+_PER_SENT_BYTE = 16
+_BACKWARD = 2  # a backward costs about two forwards
+
+
+class PlanError(RuntimeError):
+    """The model cannot be cut as asked. States the rule, the offending value and the cure."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that must live together, and the module call that uses them first."""
+
+    parameters: tuple[str, ...]
+    call: int
+
+
+class Cuts:
+    """The possible cuts of a trace.
+
+    Attributes:
+        units: In order of first use. The cut ``c`` lies before ``units[c]``, ``0 < c < len(units)``.
+        costs: Forward, backward and update of each unit and of what runs with it.
+        nbytes: What crosses each cut, in bytes.
+        obstacles: Why a cut is impossible; no entry if it is possible.
+        op_heights: Of each operation of the trace.
+        value_heights: Of each value of the trace.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.units = _units(trace)
+        self.unit_of = {name: u for u, unit in enumerate(self.units) for name in unit.parameters}
+        self.op_heights: list[int] = []
+        self.value_heights: list[int] = [0] * len(trace.values)
+        self.obstacles: dict[int, str] = {}
+        self.costs = [0.0] * len(self.units)
+        self.nbytes = [0] * (len(self.units) + 1)
+        if self.units:
+            self._measure_heights()
+            self._measure_crossings()
+            for name, parameter in trace.parameters.items():
+                if parameter.requires_grad and name in self.unit_of:
+                    self.costs[self.unit_of[name]] += _PER_PARAMETER_BYTE * parameter.nbytes
+
+    @property
+    def possible(self) -> list[int]:
+        """The cuts that nothing forbids."""
+        return [c for c in range(1, len(self.units)) if c not in self.obstacles]
+
+    def call_span(self, call: int) -> tuple[int, int]:
+        """Lowest and highest height inside ``call``; ``(1, 0)`` if it touches no value."""
+        heights = [self.op_heights[op] for op in self.trace.calls[call].ops]
+        return (min(heights), max(heights)) if heights else (1, 0)
+
+    def _measure_heights(self) -> None:
+        trace, last = self.trace, len(self.units) - 1
+        for op in trace.ops:
+            inputs = max((self.value_heights[v] for v in op.inputs), default=0)
+            for name in op.parameters:
+                for cut in range(self.unit_of[name] + 1, inputs + 1):
+                    self.obstacles.setdefault(cut, self._backwards(name, op.call))
+            height = max([inputs] + [self.unit_of[name] for name in op.parameters])
+            if op.name == "read" and trace.stopped is not None:
+                height = last
+            self.op_heights.append(height)
+            self.costs[height] += (1 + _BACKWARD) * (op.flops + _PER_BYTE * op.nbytes)
+            for v in op.outputs:
+                self.value_heights[v] = height
+
+    def _backwards(self, name: str, call: int) -> str:
+        first = self.trace.calls[self.units[self.unit_of[name]].call].path
+        again = self.trace.calls[call].path
+        if first == again:
+            return (
+                f"`{first or 'the step'}` is called again after later modules have run, so a value would have to travel"
+                f" back to the stage of its parameter `{name}`"
+            )
+        return (
+            f"the parameter `{name}` is used by `{first or 'the step'}` and again by `{again or 'the step'}` after"
+            " later modules have run; a parameter on two stages is not supported yet, so untie them (for Hugging Face"
+            " models: `tie_word_embeddings=False`)"
+        )
+
+    def _measure_crossings(self) -> None:
+        trace = self.trace
+        spans = [self.call_span(call) for call in range(len(trace.calls))]
+        uses: list[list[tuple[int, int]]] = [[] for _ in trace.values]  # (time, height) of each use
+        for op, height in zip(trace.ops, self.op_heights):
+            for v in op.inputs:
+                uses[v].append((op.time, height))
+        alive = set(trace.alive)
+        for v, value in enumerate(trace.values):
+            low = self.value_heights[v]
+            high = max((height for _, height in uses[v]), default=low)
+            for cut in range(low + 1, (len(self.units) - 1 if v in alive else high) + 1):
+                self.nbytes[cut] += value.nbytes
+            for cut in range(low + 1, high + 1):
+                if cut in self.obstacles:
+                    continue
+                first_use = min(time for time, height in uses[v] if height >= cut)
+                if not any(
+                    a.time < first_use and _straddles(spans, trace.calls[a.call].parent, cut) for a in value.appearances
+                ):
+                    maker = trace.ops[value.op]
+                    where = trace.calls[maker.call].path if maker.call >= 0 else ""
+                    self.obstacles[cut] = (
+                        f"a result of `{maker.name}` in `{where or 'the step'}` would cross it, which is neither an"
+                        " argument nor an output of a module call there"
+                    )
+
+
+def stage_cost(cuts: Cuts, start: int, end: int) -> float:
+    """Cost of a stage that holds ``units[start:end]``: its work and what it receives and sends."""
+    return sum(cuts.costs[start:end]) + _PER_SENT_BYTE * (cuts.nbytes[start] + cuts.nbytes[end])
+
+
+def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
+    """The ``num_stages - 1`` possible cuts for which the slowest stage is fastest.
+
+    Exact dynamic programming over the possible cuts: ``best[k][c]`` is the least cost of the slowest among ``k`` stages
+    that hold the units below ``c``.
+    """
+    ends = [0, *cuts.possible, len(cuts.units)]
+    if num_stages > len(ends) - 1:
+        reasons = "; ".join(f"{reason} [{count} places]" for reason, count in _common(cuts.obstacles.values()))
+        stopped = f" The step could be read only up to a point: {cuts.trace.stopped}." if cuts.trace.stopped else ""
+        raise PlanError(
+            f"`num_stages={num_stages}` needs {num_stages - 1} cuts, but `training_step` can be cut in"
+            f" {len(ends) - 2} places.{stopped} Use at most {len(ends) - 1} stages, or change the model."
+            + (f" Elsewhere it cannot be cut because {reasons}." if reasons else "")
+        )
+    total = [0.0, *accumulate(cuts.costs)]
+
+    def cost(i: int, j: int) -> float:
+        start, end = ends[i], ends[j]
+        return total[end] - total[start] + _PER_SENT_BYTE * (cuts.nbytes[start] + cuts.nbytes[end])
+
+    best = [[math.inf] * len(ends) for _ in range(num_stages + 1)]
+    origin = [[0] * len(ends) for _ in range(num_stages + 1)]
+    best[0][0] = 0.0
+    for k in range(1, num_stages + 1):
+        for j in range(k, len(ends)):
+            for i in range(k - 1, j):
+                slowest = max(best[k - 1][i], cost(i, j))
+                if slowest < best[k][j]:
+                    best[k][j], origin[k][j] = slowest, i
+    chosen: list[int] = []
+    j = len(ends) - 1
+    for k in range(num_stages, 0, -1):
+        j = origin[k][j]
+        chosen.append(ends[j])
+    return chosen[::-1][1:]
+
+
+def _units(trace: Trace) -> list[Unit]:
+    parent: dict[str, str] = {}
+    first: dict[str, int] = {}
+
+    def find(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    for op in trace.ops:
+        for name in op.parameters:
+            if name not in parent:
+                parent[name] = name
+                first[name] = op.call
+        for name in op.parameters[1:]:
+            a, b = find(op.parameters[0]), find(name)
+            order = list(parent)
+            if order.index(a) > order.index(b):
+                a, b = b, a
+            parent[b] = a
+    members: dict[str, list[str]] = {}
+    for name in parent:
+        members.setdefault(find(name), []).append(name)
+    return [Unit(tuple(names), first[root]) for root, names in members.items()]
+
+
+def _straddles(spans: Sequence[tuple[int, int]], call: int, cut: int) -> bool:
+    return call < 0 or spans[call][0] < cut <= spans[call][1]
+
+
+def _common(reasons: object) -> list[tuple[str, int]]:
+    from collections import Counter
+
+    return Counter(reasons).most_common(3)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,294 @@
+"""The plan: which stage owns what, and which values travel."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts
+from lightning_dgmp.plan.trace import Trace
+
+__all__ = ["Event", "Plan", "Transfer", "make_plan"]
+
+
+class Event(NamedTuple):
+    """A moment that all stages recognise without a message: the start or the end of the n-th call of a module."""
+
+    path: str
+    occurrence: int
+    kind: str  # "arg": its arguments are known; "out": its outputs are known
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A value that travels from one stage to a later one: leaf ``leaf`` of what ``event`` shows."""
+
+    source: int
+    target: int
+    event: Event
+    leaf: int
+    nbytes: int
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """A row of the plan's table."""
+
+    first_module: str
+    last_module: str
+    cost: float
+    num_parameters: int
+    bytes_sent: int
+
+
+class Plan:
+    """How a model is divided among stages. Equal on all ranks.
+
+    Attributes:
+        num_stages: How many stages there are.
+        modules: The stage that runs all calls of a module, by its path; ``None`` if its calls must be entered because
+            parts of them belong to different stages, or to all.
+        transfers: What travels in every step, in order.
+        last_events: For each stage the last moment of the step that concerns it; ``None``: the step's end.
+        stages: One summary a stage.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, int],
+        modules: dict[str, int | None],
+        transfers: list[Transfer],
+        last_events: list[Event | None],
+        stages: list[StageSummary],
+        stopped: str | None = None,
+    ) -> None:
+        self.num_stages = len(stages)
+        self.modules = modules
+        self.transfers = transfers
+        self.last_events = last_events
+        self.stages = stages
+        self.stopped = stopped
+        self._parameters = parameters
+
+    def stage_of(self, parameter_name: str) -> tuple[int, ...]:
+        """The stages on which a parameter lives.
+
+        Args:
+            parameter_name: As in ``named_parameters()`` of the LightningModule.
+
+        Raises:
+            KeyError: If the model has no such parameter.
+        """
+        return (self._parameters[parameter_name],)
+
+    def edges(self) -> list[tuple[int, int]]:
+        """Pairs of stages that exchange messages: neighbours always, others where a value skips stages."""
+        neighbours = {(k, k + 1) for k in range(self.num_stages - 1)}
+        return sorted(neighbours | {(t.source, t.target) for t in self.transfers})
+
+    def digest(self) -> str:
+        """A fingerprint, to check that all ranks made the same plan."""
+        content = repr((sorted(self._parameters.items()), sorted(self.modules.items(), key=str), self.transfers))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def table(self) -> str:
+        """The plan as text: one row a stage."""
+        total = sum(stage.cost for stage in self.stages) or 1.0
+        rows = [("stage", "first module", "last module", "compute", "parameters", "sends")]
+        for k, stage in enumerate(self.stages):
+            share = f"{100 * stage.cost / total:.1f} %"
+            sends = _human(stage.bytes_sent, "B") if k < self.num_stages - 1 else "-"
+            rows.append((str(k), stage.first_module, stage.last_module, share, _human(stage.num_parameters, ""), sends))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(_align(cell, widths[i], i) for i, cell in enumerate(row)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_stages={self.num_stages})\n{self.table()}"
+
+
+def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence[str] | None = None) -> Plan:
+    """Divide what ``trace`` shows among ``num_stages`` stages.
+
+    Args:
+        trace: Of the step to be divided.
+        root: The module that was traced.
+        num_stages: How many stages to make.
+        split_at: Paths of the modules with which the stages 1, 2, ... begin; by default the best ones are found.
+
+    Raises:
+        PlanError: If the step cannot be divided so.
+    """
+    if trace.returned_none:
+        raise PlanError(
+            "`training_step` must return a loss on every batch, but it returned None. The stages work on several"
+            " batches at once and cannot skip one: return a loss, for example multiplied by zero."
+        )
+    cuts = Cuts(trace)
+    if not cuts.units:
+        raise PlanError(
+            "`training_step` must use parameters of the LightningModule, but it uses none"
+            + (f" before the point where the trace stopped: {trace.stopped}." if trace.stopped else ".")
+            + " Move the reading of values behind the network."
+        )
+    if split_at is None:
+        positions = choose_cuts(cuts, num_stages)
+    else:
+        positions = _positions_of(cuts, root, num_stages, list(split_at))
+    return _lay_out(trace, cuts, root, positions)
+
+
+def _positions_of(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[str]) -> list[int]:
+    if len(split_at) != num_stages - 1:
+        raise PlanError(
+            f"`split_at` must name the first module of each stage but the first, {num_stages - 1} for"
+            f" `num_stages={num_stages}`, but it has {len(split_at)}: {split_at}."
+        )
+    known = {path for path, _ in root.named_modules()}
+    positions: list[int] = []
+    for path in split_at:
+        if path not in known:
+            near = [name for name in sorted(known) if name.endswith(path.rsplit(".", 1)[-1])][:5]
+            raise PlanError(
+                f"`split_at` must name modules of the LightningModule, but it has no `{path}`."
+                + (f" Did you mean one of {near}?" if near else " See `named_modules()`.")
+            )
+        call = next((i for i, c in enumerate(cuts.trace.calls) if c.path == path), None)
+        if call is None:
+            raise PlanError(
+                f"`split_at` must name modules that `training_step` calls, but it does not call `{path}`."
+                " Name a module inside it, or the one that contains it."
+            )
+        own = [u for u, unit in enumerate(cuts.units) for name in unit.parameters if name.startswith(path + ".")]
+        if not own:
+            raise PlanError(
+                f"`split_at` must name modules with parameters, but `{path}` has none. Name the module after it."
+            )
+        position = min(own)
+        if position == 0:
+            raise PlanError(
+                f"`split_at` names `{path}`, but it is the first module with parameters: nothing is before it."
+            )
+        if positions and position <= positions[-1]:
+            raise PlanError(
+                f"`split_at` must follow the order in which modules are first called, but `{path}` is not after"
+                f" `{split_at[len(positions) - 1]}`. Reorder it."
+            )
+        if position in cuts.obstacles:
+            raise PlanError(f"`split_at` names `{path}`, but the step cannot be cut there: {cuts.obstacles[position]}.")
+        positions.append(position)
+    return positions
+
+
+def _lay_out(trace: Trace, cuts: Cuts, root: nn.Module, positions: list[int]) -> Plan:
+    num_stages = len(positions) + 1
+
+    def stage(height: int) -> int:
+        return bisect_right(positions, height)
+
+    op_stages = [stage(height) for height in cuts.op_heights]
+    value_stages = [stage(height) for height in cuts.value_heights]
+    unused = num_stages - 1
+    parameters = {name: stage(cuts.unit_of[name]) if name in cuts.unit_of else unused for name in trace.parameters}
+
+    modules = _module_stages(trace, root, op_stages, parameters)
+    visible = _visible_calls(trace, modules)
+    transfers, times = _transfers(trace, op_stages, value_stages, visible)
+
+    # A stage is done after its last own call and the last value that it sends.
+    latest: list[tuple[int, Event | None]] = [(-1, None)] * num_stages
+    for index, call in enumerate(trace.calls):
+        if index in visible and (owner := modules[call.path]) is not None and call.ops:
+            latest[owner] = max(latest[owner], (call.end, Event(call.path, call.occurrence, "out")), key=lambda x: x[0])
+    for transfer, time in zip(transfers, times):
+        latest[transfer.source] = max(latest[transfer.source], (time, transfer.event), key=lambda x: x[0])
+    last_events = [event for _, event in latest[:-1]] + [None]
+
+    bounds = [0, *positions, len(cuts.units)]
+    summaries = []
+    for k in range(num_stages):
+        own = [trace.calls[i].path for i in sorted(visible) if modules[trace.calls[i].path] == k and trace.calls[i].ops]
+        own = own or [name for name, owner in parameters.items() if owner == k] or ["-"]
+        summaries.append(
+            StageSummary(
+                own[0],
+                own[-1],
+                sum(cuts.costs[bounds[k] : bounds[k + 1]]),
+                sum(trace.parameters[name].numel for name, owner in parameters.items() if owner == k),
+                sum(t.nbytes for t in transfers if t.source == k),
+            )
+        )
+    return Plan(parameters, modules, transfers, last_events, summaries, trace.stopped)
+
+
+def _module_stages(
+    trace: Trace, root: nn.Module, op_stages: list[int], parameters: dict[str, int]
+) -> dict[str, int | None]:
+    seen: dict[str, set[int]] = {}
+    for call in trace.calls:
+        seen.setdefault(call.path, set()).update(op_stages[op] for op in call.ops)
+    names = {id(p): name for name, p in root.named_parameters()}
+    modules: dict[str, int | None] = {}
+    for path, module in root.named_modules():
+        stages = set(seen.get(path, ())) | {parameters[names[id(p)]] for p in module.parameters()}
+        modules[path] = stages.pop() if len(stages) == 1 else None
+    return modules
+
+
+def _visible_calls(trace: Trace, modules: dict[str, int | None]) -> set[int]:
+    """Calls that every stage sees, because every call around them is entered."""
+    visible: set[int] = set()
+    for index, call in enumerate(trace.calls):
+        if call.parent < 0 or (call.parent in visible and modules[trace.calls[call.parent].path] is None):
+            visible.add(index)
+    return visible
+
+
+def _transfers(
+    trace: Trace, op_stages: list[int], value_stages: list[int], visible: set[int]
+) -> tuple[list[Transfer], list[int]]:
+    first_use: dict[tuple[int, int], float] = {}  # (value, stage) -> time
+    for op, op_stage in zip(trace.ops, op_stages):
+        for v in op.inputs:
+            if op_stage > value_stages[v]:
+                first_use.setdefault((v, op_stage), op.time)
+    required = set(first_use)
+    last = max(op_stages)
+    for v in trace.alive:
+        if value_stages[v] < last:
+            first_use.setdefault((v, last), float("inf"))
+    found: list[tuple[int, Transfer]] = []
+    for (v, target), time in first_use.items():
+        value = trace.values[v]
+        seen = next((a for a in value.appearances if a.time < time and a.call in visible), None)
+        if seen is not None:
+            call = trace.calls[seen.call]
+            event = Event(call.path, call.occurrence, seen.kind)
+            transfer = Transfer(value_stages[v], target, event, seen.leaf, value.nbytes, value.requires_grad)
+            found.append((seen.time, transfer))
+        elif (v, target) in required:
+            raise PlanError(
+                f"A result of `{trace.ops[value.op].name}` would have to travel from stage {value_stages[v]} to stage"
+                f" {target} without being an argument or an output of a module call. Choose other cuts with `split_at`."
+            )
+    found.sort(key=lambda item: (item[0], item[1].target))
+    return [transfer for _, transfer in found], [time for time, _ in found]
+
+
+def _human(number: float, unit: str) -> str:
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000 or prefix == "G":
+            return f"{number:.3g} {prefix}{unit}".rstrip()
+        number /= 1000
+    raise AssertionError
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    align: Literal["<", ">"] = "<" if column in (1, 2) else ">"
+    return f"{cell:{align}{width}}"

@@ -1,0 +1,314 @@
+"""What a step runs: one execution of the user's code in which only the parameters are ghosts.
+
+The trace is a list of operations on values that depend on parameters, with the module calls around them. What depends
+on the batch alone stays real, is computed by every stage for itself, and does not appear here.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lightning_dgmp.calls import ParameterSlots, intercepted_calls
+from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead, leaves, tensors_in
+
+__all__ = ["Appearance", "Call", "Op", "ParameterInfo", "Trace", "Value", "trace_step"]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter of the model, by its first name."""
+
+    name: str
+    numel: int
+    nbytes: int
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """A moment at which every stage can point at a value: it is leaf ``leaf`` of what ``call`` takes or returns."""
+
+    time: int
+    call: int
+    kind: str  # "arg" or "out"
+    leaf: int
+
+
+@dataclass
+class Value:
+    """A tensor that depends on parameters."""
+
+    op: int
+    nbytes: int
+    requires_grad: bool
+    appearances: list[Appearance] = field(default_factory=list)
+
+
+@dataclass
+class Op:
+    """An operation on values. ``call`` is the innermost module call that it happens in, -1 outside of all."""
+
+    time: int
+    name: str
+    call: int
+    inputs: tuple[int, ...]
+    parameters: tuple[str, ...]
+    flops: int = 0
+    nbytes: int = 0
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """A call of a module: ``occurrence`` counts the calls of the same module in one step."""
+
+    path: str
+    occurrence: int
+    parent: int
+    start: int
+    end: int = -1
+    ops: list[int] = field(default_factory=list)  # those inside, at any depth
+
+
+@dataclass
+class Trace:
+    """What one step ran, in order.
+
+    Attributes:
+        stopped: Where and why the trace ended before the step did; ``None`` if it did not. What the step does after
+            that point belongs to the last stage.
+        alive: Values that were still in reach at that point.
+        returned_none: Whether the step returned ``None``.
+    """
+
+    parameters: dict[str, ParameterInfo]
+    ops: list[Op] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    stopped: str | None = None
+    alive: list[int] = field(default_factory=list)
+    returned_none: bool = False
+
+
+def trace_step(
+    step: Callable[[], Any], root: nn.Module, device: torch.device, *, readers: tuple[type, ...] = ()
+) -> Trace:
+    """Run ``step`` with ghosts as the parameters of ``root`` and write down what happens.
+
+    Args:
+        step: Runs the user's code on a real batch, for example ``training_step``.
+        root: The module whose submodules and parameters count.
+        device: Where the parameters would be.
+        readers: Module classes whose calls read the values of their arguments, such as metrics.
+
+    Nothing of the run stays behind in the modules' attributes and buffers or in the random number generators.
+    """
+    tracer = _Tracer(root, device, readers)
+    with _untouched(root, device), torch.compiler.set_stance("force_eager"):
+        with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call):
+            try:
+                tracer.trace.returned_none = step() is None
+            except GhostRead as read:
+                tracer.stop(read)
+    return tracer.trace
+
+
+class _Tracer(GhostMode):
+    def __init__(self, root: nn.Module, device: torch.device, readers: tuple[type, ...]) -> None:
+        super().__init__()
+        self.slots = ParameterSlots(root)
+        self.readers = readers
+        self.ghosts = {
+            name: self.like(parameter, name, parameter.requires_grad, device)
+            for name, parameter in self.slots.parameters.items()
+        }
+        self.trace = Trace(
+            {
+                name: ParameterInfo(name, p.numel(), p.numel() * p.element_size(), p.requires_grad)
+                for name, p in self.slots.parameters.items()
+            }
+        )
+        self._name_of = {id(ghost): name for name, ghost in self.ghosts.items()}
+        for ghost in self.ghosts.values():
+            ghost._is_param = True  # type: ignore[attr-defined]
+        self.written_over = {id(buffer) for buffer in root.buffers()}
+        self._open: list[int] = []
+        self._occurrences: Counter[str] = Counter()
+        self._time = 0
+        self._cost = _Cost()
+        self._values: list[weakref.ref[Ghost]] = []
+
+    # ----- calls
+
+    def on_call(
+        self, call: Callable[..., Any], module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        trace, index = self.trace, len(self.trace.calls)
+        parent = self._open[-1] if self._open else -1
+        trace.calls.append(Call(path, self._occurrences[path], parent, self._tick()))
+        self._occurrences[path] += 1
+        self._note((args, kwargs), index, "arg")
+        if isinstance(module, self.readers) and (read := tensors_in((args, kwargs), Ghost)):
+            raise GhostRead(read[0], f"{type(module).__name__} `{path}`")
+        self._open.append(index)
+        out = call(*args, **kwargs)
+        self._open.pop()
+        trace.calls[index].end = self._tick()
+        self._note(out, index, "out")
+        return out
+
+    def _note(self, nest: Any, call: int, kind: str) -> None:
+        for leaf, item in enumerate(leaves(nest)):
+            if isinstance(item, Ghost) and item.vid >= 0:
+                item.origin = self.trace.calls[call].path or item.origin if kind == "out" else item.origin
+                self.trace.values[item.vid].appearances.append(Appearance(self._tick(), call, kind, leaf))
+
+    def _tick(self) -> int:
+        self._time += 1
+        return self._time
+
+    # ----- operations
+
+    def around(self, func: Any) -> AbstractContextManager[Any]:
+        self._cost.flops = self._cost.nbytes = 0
+        return self._cost
+
+    def observe(self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None) -> None:
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":
+            name = getattr(getattr(func, "__self__", None), "__name__", name)
+        op = self._record(name, inputs)
+        op.flops, op.nbytes = self._cost.flops, self._cost.nbytes
+        for ghost in outputs:
+            if id(ghost) in self._name_of:
+                continue  # a parameter changed in place
+            if ghost is changed or ghost.vid < 0:
+                ghost.vid = len(self.trace.values)
+                nbytes = ghost.fake.numel() * ghost.fake.element_size()
+                self.trace.values.append(Value(len(self.trace.ops) - 1, nbytes, ghost.needs_grad))
+                self._values.append(weakref.ref(ghost))
+            op.outputs.append(ghost.vid)
+
+    def _record(self, name: str, inputs: list[Ghost]) -> Op:
+        op = Op(
+            self._tick(),
+            name,
+            self._open[-1] if self._open else -1,
+            tuple(dict.fromkeys(g.vid for g in inputs if id(g) not in self._name_of)),
+            tuple(dict.fromkeys(self._name_of[id(g)] for g in inputs if id(g) in self._name_of)),
+        )
+        self.trace.ops.append(op)
+        for call in self._open:
+            self.trace.calls[call].ops.append(len(self.trace.ops) - 1)
+        return op
+
+    def stop(self, read: GhostRead) -> None:
+        """End the trace at a read; what comes after it is the last stage's."""
+        where = next(
+            (f" ({f.filename}:{f.lineno})" for f in reversed(traceback.extract_tb(read.__traceback__)) if _is_user(f)),
+            "",
+        )
+        self.trace.stopped = f"{read}{where}"
+        self._open.clear()
+        self._record("read", [read.ghost])
+        self.trace.alive = sorted({g.vid for ref in self._values if (g := ref()) is not None})
+        for call in self.trace.calls:
+            call.end = call.end if call.end >= 0 else self._tick()
+
+
+def _is_user(frame: traceback.FrameSummary) -> bool:
+    return not any(part in frame.filename for part in ("/lightning_dgmp/", "/torch/", "<frozen"))
+
+
+class _Cost(TorchDispatchMode):
+    """Counts the floating point operations and the bytes of the operations below it."""
+
+    flops = 0
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        if not func.is_view:
+            self.nbytes += sum(t.numel() * t.element_size() for t in tensors_in((args, out)))
+        return out
+
+
+@contextmanager
+def _untouched(root: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put the attributes and buffers of all modules, and the random state, back to what they were."""
+    saved = [_save(module.__dict__) for module in root.modules()]
+    python_state = random.getstate()
+    numpy_state = _numpy_random().get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        _numpy_random().set_state(numpy_state)
+        for restore in saved:
+            restore()
+
+
+def _numpy_random() -> Any:
+    import numpy
+
+    return numpy.random
+
+
+def _save(attributes: dict[str, Any]) -> Callable[[], None]:
+    """A function that restores the items of ``attributes``, two levels of containers deep."""
+    undo: list[Callable[[], None]] = [_save_container(attributes)]
+    for value in attributes.values():
+        if isinstance(value, (dict, list, set, deque)):
+            undo.append(_save_container(value))
+            undo.extend(_save_tensor(item) for item in (value.values() if isinstance(value, dict) else value)
+                        if _is_plain(item))  # fmt: skip
+        elif _is_plain(value):
+            undo.append(_save_tensor(value))
+
+    def restore() -> None:
+        for step in undo:
+            step()
+
+    return restore
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _save_container(container: Any) -> Callable[[], None]:
+    kept = container.copy()
+
+    def restore() -> None:
+        container.clear()
+        container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
+
+    return restore
+
+
+def _save_tensor(tensor: Tensor) -> Callable[[], None]:
+    version, kept = tensor._version, tensor.detach().clone()
+
+    def restore() -> None:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(kept)
+
+    return restore

@@ -1,0 +1,111 @@
+"""Random numbers: what the batch alone determines is equal on all stages, what a stage's modules draw is its own.
+
+In every step all stages of a replica start from the same seed, so that masks, noise and timesteps drawn in
+``training_step`` agree. A stage's own modules (dropout) draw from a second state, so that the first stays common.
+Outside of steps nothing changes, and so data loaders on all stages go on alike.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+__all__ = ["RandomState", "StepRandomness"]
+
+
+class RandomState(NamedTuple):
+    """The state of all generators: Python's, NumPy's, torch's on the host and on one accelerator."""
+
+    python: Any
+    numpy: Any
+    host: torch.Tensor
+    device: torch.Tensor | None
+
+    @classmethod
+    def current(cls, device: torch.device) -> RandomState:
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(random.getstate(), numpy.random.get_state(), torch.get_rng_state(), on_device)
+
+    @classmethod
+    def from_seed(cls, seed: int, device: torch.device) -> RandomState:
+        """The state right after seeding; the current state stays."""
+        before = cls.current(device)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+        state = cls.current(device)
+        before.apply(device)
+        return state
+
+    def apply(self, device: torch.device) -> None:
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
+        torch.set_rng_state(self.host)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device, device)
+
+
+class StepRandomness:
+    """The two random states of one step on one stage.
+
+    Args:
+        seed: Equal on all stages of a replica.
+        batch: Number of the batch; the same batch draws the same again when its forward is rebuilt.
+        stage: Whose modules these are.
+        device: Where they run.
+    """
+
+    def __init__(self, seed: int, batch: int, stage: int, device: torch.device) -> None:
+        self.device = device
+        self._common = RandomState.from_seed(_mix(seed, batch, 0), device)
+        self._own = _mix(seed, batch, stage + 1)
+        self._own_state: torch.Tensor | None = None
+        self._own_device_state: torch.Tensor | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the user's step."""
+        outside = RandomState.current(self.device)
+        self._common.apply(self.device)
+        try:
+            yield
+        finally:
+            outside.apply(self.device)
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Around a call of the stage's own modules. Only torch's generators matter there."""
+        cuda = self.device.type == "cuda"
+        common = torch.get_rng_state()
+        common_device = torch.cuda.get_rng_state(self.device) if cuda else None
+        if self._own_state is None:
+            torch.default_generator.manual_seed(self._own)
+            if cuda:
+                torch.cuda.default_generators[self.device.index or 0].manual_seed(self._own)
+        else:
+            torch.set_rng_state(self._own_state)
+            if self._own_device_state is not None:
+                torch.cuda.set_rng_state(self._own_device_state, self.device)
+        try:
+            yield
+        finally:
+            self._own_state = torch.get_rng_state()
+            torch.set_rng_state(common)
+            if common_device is not None:
+                self._own_device_state = torch.cuda.get_rng_state(self.device)
+                torch.cuda.set_rng_state(common_device, self.device)
+
+
+def _mix(seed: int, batch: int, stream: int) -> int:
+    """A 63-bit seed for a batch and a stream (the finaliser of splitmix64)."""
+    z = (seed + 0x9E3779B97F4A7C15 * (batch * 1024 + stream + 1)) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 1

@@ -1,0 +1,50 @@
+"""Virtual stages: the exact delays of K stages in one process.
+
+The delayed update applies the gradient of a batch that was computed, for all stages, at one consistent version of the
+weights. So one process computes whole gradients as ever and lets those of stage ``k`` wait in a queue of length
+``d_k``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["GradientQueues"]
+
+
+class GradientQueues:
+    """One queue of gradients a stage.
+
+    Args:
+        stages: The parameters of each stage.
+        delays: The delay of each stage in iterations.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[nn.Parameter]], delays: Sequence[int]) -> None:
+        self._stages = [list(parameters) for parameters in stages]
+        self._delays = list(delays)
+        self._waiting: list[deque[list[Tensor | None]]] = [deque() for _ in stages]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is in flight."""
+        return not any(self._waiting)
+
+    def exchange(self) -> None:
+        """Put today's gradients in line and let the due ones, or none, be ``.grad``."""
+        for parameters, waiting in zip(self._stages, self._waiting):
+            waiting.append([p.grad for p in parameters])
+        self._take(self._delays)
+
+    def drain(self) -> None:
+        """Let the oldest waiting gradients, or none, be ``.grad``: one iteration of the flush."""
+        self._take([0] * len(self._delays))
+
+    def _take(self, stay: Sequence[int]) -> None:
+        for parameters, waiting, delay in zip(self._stages, self._waiting, stay):
+            due = waiting.popleft() if len(waiting) > delay else [None] * len(parameters)
+            for parameter, grad in zip(parameters, due):
+                parameter.grad = grad

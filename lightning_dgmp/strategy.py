@@ -1,0 +1,501 @@
+"""The strategy: how Lightning sees the pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_dgmp.calls import ParameterSlots, intercepted_calls
+from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
+from lightning_dgmp.ghost import tensors_in
+from lightning_dgmp.loops import install_loops
+from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
+from lightning_dgmp.plan.cut import PlanError
+from lightning_dgmp.plan.plan import Plan, make_plan
+from lightning_dgmp.plan.trace import trace_step
+from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.stage.randomness import RandomState
+from lightning_dgmp.stage.runner import BackwardMode, StageRunner
+from lightning_dgmp.stage.virtual import GradientQueues
+from lightning_dgmp.support import check_devices, check_optimizers, check_supported
+from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Peer, PeerError, Transport
+
+__all__ = ["DelayedMPStrategy"]
+
+
+class DelayedMPStrategy(DDPStrategy):
+    """Pipeline model parallelism with delayed gradients.
+
+    The model is cut into stages, each device holds one, and no stage waits until the others have finished a batch:
+    stage ``k`` of ``K`` is updated with the true gradient of the batch ``K - 1 - k`` iterations ago (Ouroboros, Yang et
+    al., NeurIPS 2019, arXiv 1909.06695).
+
+    Arguments:
+        num_stages: Into how many stages the model is cut; ``"auto"``: one for each device of a node.
+        split_at: The modules with which the stages 1, 2, ... begin, by their names in ``named_modules()``; by default
+            the cuts are chosen so that the slowest stage is as fast as possible.
+        backward: What a stage keeps of a batch until its backward: ``"stash"`` the graph; ``"recompute"`` the inputs
+            and the weights, with the same result for less memory and one more forward; ``"replay"`` the inputs alone,
+            and the backward uses the weights of that time (Features Replay, Huo et al., NeurIPS 2018).
+        virtual: Train on one device with exactly the delays of ``num_stages`` stages.
+        timeout: How long a stage waits for another before it gives up with an error.
+        **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
+    """
+
+    strategy_name = "delayed_mp"
+
+    def __init__(
+        self,
+        num_stages: int | Literal["auto"] = "auto",
+        *,
+        split_at: Sequence[str] | None = None,
+        backward: BackwardMode = "stash",
+        virtual: bool = False,
+        timeout: timedelta | None = default_pg_timeout,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(timeout=timeout, **kwargs)
+        if backward not in ("stash", "recompute", "replay"):
+            raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
+        if num_stages != "auto" and not isinstance(num_stages, int):
+            raise TypeError(f"`num_stages` must be an integer or 'auto', but is {num_stages!r}.")
+        if virtual and num_stages == "auto":
+            raise ValueError("`virtual=True` needs `num_stages`: there are no devices to count.")
+        self._num_stages_flag = num_stages
+        self._split_at = None if split_at is None else list(split_at)
+        self._backward: BackwardMode = backward
+        self._virtual = virtual
+        self._device_mesh: DeviceMesh | None = None
+        self._reset_pipeline()
+
+    def _reset_pipeline(self) -> None:
+        self.runner: StageRunner | None = None
+        self._plan: Plan | None = None
+        self._queues: GradientQueues | None = None
+        self._transport: Transport | None = None
+        self._weights: WeightShards | None = None
+        self._optimizer_shards: list[OptimizerShards] = []
+        self._seed = 0
+        self._num_steps = 0
+        self._interception = ExitStack()
+
+    # ----- who is where
+
+    @property
+    def num_stages(self) -> int:
+        """Into how many stages the model is cut."""
+        return self.num_processes if self._num_stages_flag == "auto" else self._num_stages_flag
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many replicas see different data: what ``trainer.world_size`` is under DDP."""
+        return max(self.world_size // (1 if self._virtual else self.num_stages), 1)
+
+    @property
+    def stage(self) -> int:
+        """The stage of this process. Global rank 0 holds the last one: Lightning expects the loss there."""
+        return self.num_stages - 1 - self.global_rank % self.num_stages
+
+    @property
+    def replica(self) -> int:
+        """The replica that this process belongs to."""
+        return self.global_rank if self._virtual else self.global_rank // self.num_stages
+
+    @property
+    def plan(self) -> Plan:
+        """How the model is divided. Made when ``fit`` sees the first batch."""
+        if self._plan is None:
+            raise RuntimeError("There is no plan yet: it is made from the first batch of `trainer.fit`.")
+        return self._plan
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """All processes as ``(replica, stage)``; along ``stage`` the last one comes first."""
+        if self._device_mesh is None:
+            raise RuntimeError("Accessing the device mesh before processes have initialized is not allowed.")
+        return self._device_mesh
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_parallel_size, "rank": self.replica}
+
+    @property
+    def _is_pipeline(self) -> bool:
+        return self.num_stages > 1 and not self._virtual
+
+    # ----- setup
+
+    @override
+    def _configure_launcher(self) -> None:
+        check_devices(self.num_stages, self.num_nodes * self.num_processes, self._virtual)
+        super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        width = 1 if self._virtual else self.num_stages
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, (self.world_size // width, width), mesh_dim_names=("replica", "stage")
+        )
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
+            assert self.lightning_module is not None
+            check_supported(trainer, self.lightning_module, self._virtual, self._backward)
+            self._reset_pipeline()
+            install_loops(trainer)
+            self._layer_sync = None  # the statistics of a stage are those of its replica; there is one replica
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self._is_pipeline:
+            self._share_randomness()
+
+    @override
+    def configure_ddp(self) -> None:
+        if self.num_stages == 1 and self.world_size > 1:
+            super().configure_ddp()
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        try:
+            super().setup_optimizers(trainer)
+        except RuntimeError as error:
+            if self.num_stages == 1 or "multiple optimizers" not in str(error):
+                raise
+            raise MisconfigurationException(
+                "`strategy='delayed_mp'` needs a single optimizer, but `configure_optimizers` returned several. Use one"
+                " optimizer with several parameter groups."
+            ) from None
+        if self.num_stages > 1:
+            check_optimizers(list(self.optimizers))
+
+    def _share_randomness(self) -> None:
+        """Put all stages of a replica in the random state of its last one, so that their loaders do the same."""
+        state = RandomState.current(torch.device("cpu"))
+        group = self.device_mesh.get_group("stage")
+        shared = [(state, torch.initial_seed())]
+        dist.broadcast_object_list(shared, self.replica * self.num_stages, group)
+        state, self._seed = shared[0]
+        state.apply(torch.device("cpu"))
+
+    # ----- the plan
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._num_steps = 0
+        if self.num_stages > 1 and self._plan is None:
+            self._begin_training(batch, batch_idx)
+
+    def _begin_training(self, batch: Any, batch_idx: int) -> None:
+        """Plan on the first batch, before anything has run on it."""
+        module = self.lightning_module
+        assert module is not None
+        slots = ParameterSlots(module)
+        self._plan = self._agree_on_plan(batch, batch_idx)
+        rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
+        delays = delays_of(self.num_stages)
+        if self._virtual:
+            stages = [
+                [p for name, p in slots.parameters.items() if k in self._plan.stage_of(name)]
+                for k in range(self.num_stages)
+            ]
+            self._queues = GradientQueues(stages, delays)
+            return
+        group = self.device_mesh.get_group("stage")
+        first_rank = self.replica * self.num_stages
+        ranks = [first_rank + delay for delay in delays]
+        self._optimizer_shards = [
+            OptimizerShards(optimizer, slots, self._plan, self.stage, group, first_rank)
+            for optimizer in self.optimizers
+        ]
+        self._transport = self._open_transport(self._plan, ranks)
+        self.runner = StageRunner(
+            module, slots, self._plan, self.stage, delays[self.stage], self._transport, self._backward, self._seed,
+            self.root_device,
+        )  # fmt: skip
+        self._weights = WeightShards(module, slots, self._plan, self.stage, ranks, group)
+        self._weights.disperse()
+        self._interception.enter_context(intercepted_calls(module, self.runner.on_call))
+
+    def _agree_on_plan(self, batch: Any, batch_idx: int) -> Plan:
+        plan: Plan | None = None
+        error: Exception | None = None
+        try:
+            plan = self._make_plan(batch, batch_idx)
+        except Exception as e:
+            error = e
+        if self._virtual:
+            if error is not None:
+                raise error
+            assert plan is not None
+            return plan
+        mine = (
+            None if plan is None else plan.digest(),
+            _fingerprint(batch),
+            None if error is None else "".join(traceback.format_exception(error)),
+        )
+        answers: list[Any] = [None] * self.num_stages
+        dist.all_gather_object(answers, mine, self.device_mesh.get_group("stage"))
+        if error is not None:
+            raise error
+        for delay, (_, _, failure) in enumerate(answers):
+            if failure is not None:
+                raise PeerError(f"Stage {self.num_stages - 1 - delay} (rank {self._rank(delay)}) failed:\n{failure}")
+        if len({fingerprint for _, fingerprint, _ in answers}) > 1:
+            raise PlanError(
+                "All stages must see the same batches, but their first batches differ. The data are random or depend on"
+                " the rank: seed them alike on all processes, for example with `seed_everything(0)`."
+            )
+        if len({digest for digest, _, _ in answers}) > 1:
+            raise PlanError(
+                "All stages must make the same plan, but they disagree:"
+                f" {', '.join(f'rank {self._rank(i)} has {a[0]}' for i, a in enumerate(answers))}. `training_step` ran"
+                " differently on different processes: make it independent of the rank."
+            )
+        assert plan is not None
+        return plan
+
+    def _rank(self, delay: int) -> int:
+        return self.replica * self.num_stages + delay
+
+    def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
+        module = self.lightning_module
+        assert module is not None
+        args = (
+            (batch, batch_idx)
+            if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+            else (batch,)
+        )
+
+        def step() -> Any:
+            with self.precision_plugin.train_step_context():
+                return module.training_step(*args)
+
+        with torch.enable_grad(), logging_nothing(module, with_loggers=True):
+            trace = trace_step(step, module, self.root_device, readers=(Metric,))
+        return make_plan(trace, module, self.num_stages, self._split_at)
+
+    def _open_transport(self, plan: Plan, ranks: list[int]) -> Transport:
+        timeout = self._timeout or default_pg_timeout
+        groups = {d: dist.new_group(sorted(ranks), timeout=timeout, backend="gloo") for d in (ACTIVATIONS, ERRORS)}
+        pairs: dict[tuple[str, int], Any] = {}
+        if self._get_process_group_backend() == "nccl":
+            for a, b in plan.edges():
+                for direction in (ACTIVATIONS, ERRORS):
+                    pair = dist.new_group(sorted((ranks[a], ranks[b])), timeout=timeout, backend="nccl")
+                    if self.stage in (a, b):
+                        pairs[direction, a + b - self.stage] = pair
+        peers = sorted({a + b - self.stage for a, b in plan.edges() if self.stage in (a, b)})
+        return Transport(
+            Peer(self.stage, ranks[self.stage]),
+            [Peer(k, ranks[k]) for k in peers],
+            groups,
+            self.root_device,
+            timeout,
+            bound=self.num_stages + 1,
+            pairs=pairs or None,
+        )
+
+    # ----- training
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        runner = self.runner
+        if self.num_stages > 1:
+            self._num_steps += 1
+            if self._num_steps > 1:
+                raise MisconfigurationException(
+                    "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but its closure was"
+                    " called again for the same batch. Use a first-order optimizer, and call the closure once in"
+                    " `optimizer_step`."
+                )
+        if runner is None:
+            return super().training_step(*args, **kwargs)
+        module = self.lightning_module
+        assert module is not None
+
+        def step() -> Any:
+            again = runner.num_forwards > number
+            logging = logging_nothing(module) if again else logging_what_is_here(module, runner.is_last)
+            with self.precision_plugin.train_step_context(), logging:
+                return module.training_step(*args, **kwargs)
+
+        number = runner.num_forwards
+        result = runner.forward(step)
+        if not runner.is_last:
+            return torch.zeros((), device=self.root_device)  # the loss is the last stage's
+        if result is None:
+            raise MisconfigurationException(
+                "`training_step` must return a loss on every batch, but it returned None. The stages work on several"
+                " batches at once and cannot skip one: return a loss, for example multiplied by zero."
+            )
+        return result
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        runner, queues = self.runner, self._queues
+        if runner is None and queues is None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        module = self.lightning_module
+        assert module is not None
+        loss = self.precision_plugin.pre_backward(closure_loss, module)
+
+        def of_loss() -> None:
+            self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
+
+        if queues is not None:
+            of_loss()
+            queues.exchange()
+        elif runner is not None and runner.due:
+            runner.backward(of_loss)
+        return self.precision_plugin.post_backward(loss, module)
+
+    def flush(self) -> None:
+        """Run the outstanding backwards and steps, without new forwards, until nothing is in flight.
+
+        The learning rate stays as it is. All stages must call it at the same iteration.
+        """
+        runner, queues = self.runner, self._queues
+        if queues is not None:
+            while not queues.empty:
+                self._flush_step(queues.drain)
+        elif runner is not None:
+            while runner.in_flight:
+                self._flush_step(lambda: runner.backward(_no_loss))
+
+    def _flush_step(self, backward: Callable[[], None]) -> None:
+        module = self.lightning_module
+        assert module is not None
+        trainer = module.trainer
+        epoch, batch_idx = trainer.current_epoch, trainer.fit_loop.batch_idx
+        optimizer = self._lightning_optimizers[0]
+
+        @torch.enable_grad()
+        def closure() -> Tensor:
+            call._call_lightning_module_hook(trainer, "optimizer_zero_grad", epoch, batch_idx, optimizer)
+            backward()
+            return self.precision_plugin.post_backward(torch.zeros((), device=self.root_device), module)
+
+        call._call_lightning_module_hook(trainer, "optimizer_step", epoch, batch_idx, optimizer, closure)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Flush, and give every process the whole model meanwhile. All stages must enter it at the same iteration."""
+        self.flush()
+        if self.runner is None or self._weights is None or self.runner.whole:
+            yield
+            return
+        self._weights.assemble()
+        self.runner.whole = True
+        try:
+            yield
+        finally:
+            self.runner.whole = False
+            self._weights.disperse()
+
+    def finish_training(self) -> None:
+        """Flush and leave the whole model on every process."""
+        self.flush()
+        if self.runner is not None and self._weights is not None and self._transport is not None:
+            self._weights.assemble()
+            self.runner.whole = True
+            self._transport.close()
+            self._interception.close()
+
+    # ----- collectives: replicas average and gather, the world waits and decides
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return super().reduce(tensor, group or self._replica_group(), reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, group or self._replica_group(), sync_grads)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        votes = super().reduce(votes, dist.group.WORLD, "sum")
+        return bool(votes == self.world_size) if all else bool(votes)
+
+    def _replica_group(self) -> Any:
+        return self.device_mesh.get_group("replica") if self._is_pipeline else None
+
+    # ----- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with self.whole_model():
+            return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        for shards in self._optimizer_shards:
+            if shards.optimizer is getattr(optimizer, "_optimizer", optimizer):
+                self.flush()
+                return shards.state_dict()
+        return super().optimizer_state(optimizer)
+
+    # ----- the end
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._transport is not None:
+            if isinstance(exception, PeerError):
+                reason = str(exception)
+            else:
+                trace = "".join(traceback.format_exception(exception))
+                reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
+            self._transport.abort(reason)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for name, start_method in (
+            ("delayed_mp", "popen"),
+            ("delayed_mp_spawn", "spawn"),
+            ("delayed_mp_fork", "fork"),
+        ):
+            strategy_registry.register(
+                name,
+                cls,
+                description=f"Pipeline model parallelism with delayed gradients, `start_method` '{start_method}'",
+                start_method=start_method,
+            )
+
+
+def _no_loss() -> None:
+    raise AssertionError("The last stage has nothing in flight between iterations.")
+
+
+def _fingerprint(batch: Any) -> str:
+    """A digest of what is in the tensors of a batch, up to a megabyte each."""
+    digest = hashlib.sha256()
+    for tensor in tensors_in(batch):
+        flat = tensor.detach().flatten()[: 2**20].cpu().contiguous()
+        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,84 @@
+"""What is refused, and the sentence that says why and what to do."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import LBFGS
+
+__all__ = ["check_devices", "check_optimizers", "check_supported"]
+
+
+def check_devices(num_stages: int, num_devices: int, virtual: bool) -> None:
+    """Refuse a number of stages that the devices cannot hold."""
+    if num_stages < 1:
+        raise MisconfigurationException(f"`num_stages` must be at least 1 or 'auto', but is {num_stages}.")
+    if virtual:
+        if num_devices > 1:
+            raise MisconfigurationException(
+                f"`virtual=True` runs all stages on one device, but there are {num_devices}. Set `devices=1`."
+            )
+    elif num_devices % num_stages:
+        raise MisconfigurationException(
+            f"`num_stages` must divide the number of devices, but {num_stages} stages do not divide {num_devices}"
+            f" device(s). Set `Trainer(devices={num_stages})` (or a multiple), or `DelayedMPStrategy(num_stages="
+            f"{num_stages}, virtual=True)` to train with the delays of {num_stages} stages on one device."
+        )
+    elif 1 < num_stages < num_devices:
+        raise MisconfigurationException(
+            f"Several replicas of a pipeline are not supported yet, but {num_devices} devices hold"
+            f" {num_devices // num_stages} replicas of {num_stages} stages. Set `num_stages={num_devices}` or"
+            f" `Trainer(devices={num_stages})`."
+        )
+
+
+def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, backward: str) -> None:
+    """Refuse what does not work with delayed gradients (yet)."""
+    strategy = "`strategy='delayed_mp'`"
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{strategy} needs automatic optimization, but `{type(module).__name__}.automatic_optimization` is False:"
+            " it decides itself when each stage runs its backward and its step. Return the loss from `training_step`,"
+            " or use another strategy."
+        )
+    if is_overridden("training_step", module) and "dataloader_iter" in _argument_names(module.training_step):
+        raise MisconfigurationException(
+            f"{strategy} needs `training_step(batch, ...)`, but `{type(module).__name__}` takes `dataloader_iter`."
+        )
+    if isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None:
+        raise MisconfigurationException(
+            f"{strategy} does not support `precision='16-mixed'` yet, because each stage would scale its loss alone."
+            " Use `precision='bf16-mixed'`."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise MisconfigurationException(
+            f"{strategy} does not support gradient accumulation yet, but `accumulate_grad_batches="
+            f"{trainer.accumulate_grad_batches}`. Use a larger batch."
+        )
+    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm"):
+        raise MisconfigurationException(
+            f"{strategy} does not support clipping by norm yet, because a stage knows only its own gradients, but"
+            f" `gradient_clip_val={trainer.gradient_clip_val}`. Use `gradient_clip_algorithm='value'`."
+        )
+    if virtual and backward != "stash":
+        raise MisconfigurationException(
+            f"`virtual=True` computes whole gradients at once, but `backward={backward!r}`. Use `backward='stash'`."
+        )
+
+
+def check_optimizers(optimizers: list[object]) -> None:
+    """Refuse optimizers that evaluate the step more than once."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise MisconfigurationException(
+                "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but"
+                f" `{type(optimizer).__name__}` calls its closure several times. Use a first-order optimizer."
+            )
+
+
+def _argument_names(function: object) -> tuple[str, ...]:
+    import inspect
+
+    return tuple(inspect.signature(function).parameters)  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+"""Long-lived worker processes for tests: starting torch and Lightning costs seconds, running a small fit does not."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Failure", "WorkerPool"]
+
+
+class Failure:
+    """What a worker raised."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.type = type(error).__name__
+        self.message = str(error)
+        self.traceback = "".join(traceback.format_exception(error))
+
+    def __repr__(self) -> str:
+        return f"<{self.type}: {self.message}>"
+
+
+class WorkerPool:
+    """Processes that run functions as the ranks of a world of any size up to theirs."""
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+
+    def run(
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, **kwargs: Any
+    ) -> list[Any]:
+        """Call ``function(*args, **kwargs)`` on every rank and return the results, rank 0 first.
+
+        Raises:
+            AssertionError: If a rank raised, with its traceback; if one did not answer, with the stacks of all.
+        """
+        results = self.try_run(function, world_size, *args, timeout=timeout, **kwargs)
+        failures = [f"rank {rank}:\n{r.traceback}" for rank, r in enumerate(results) if isinstance(r, Failure)]
+        assert not failures, "\n".join(failures)
+        return results
+
+    def try_run(
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, **kwargs: Any
+    ) -> list[Any]:
+        """As :meth:`run`, with a :class:`Failure` in the place of each result that is missing because of an error."""
+        while len(self._workers) < world_size:
+            self._workers.append(_Worker())
+        workers = self._workers[:world_size]
+        port = _free_port()
+        for rank, worker in enumerate(workers):
+            environment = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_RANK": str(rank),
+                "NODE_RANK": "0",
+            }
+            worker.pipe.send((function, args, kwargs, environment))
+        deadline = time.monotonic() + timeout
+        results: list[Any] = []
+        for rank, worker in enumerate(workers):
+            if not worker.pipe.poll(max(deadline - time.monotonic(), 0)):
+                stacks = "\n".join(f"--- rank {r}\n{w.stacks()}" for r, w in enumerate(workers))
+                self.close()
+                raise AssertionError(f"Rank {rank} did not end within {timeout} s.\n{stacks}")
+            try:
+                result, clean = worker.pipe.recv()
+            except EOFError:
+                self.close()
+                raise AssertionError(f"The process of rank {rank} died.") from None
+            results.append(result)
+            if not clean:
+                worker.replace_later = True
+        for worker in workers:
+            if worker.replace_later:
+                worker.kill()
+        self._workers = [w for w in self._workers if w.process.is_alive()]
+        return results
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+
+class _Worker:
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.log = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
+        self.process = context.Process(target=_work, args=(theirs, self.log.name), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.replace_later = False
+
+    def stacks(self) -> str:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        return self.log.read()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _work(pipe: Any, log: str) -> None:
+    stacks = open(log, "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args, kwargs, environment = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        result: Any
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:
+            result = Failure(error)
+        clean = not any(thread.name.startswith("dgmp-") for thread in threading.enumerate())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for name in environment:
+            os.environ.pop(name, None)
+        pipe.send((result, clean))
+
+
+def _free_port() -> int:
+    while True:
+        with socket.socket() as probe:
+            port = random.randint(20000, 60000)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,97 @@
+"""Training runs whose outcomes tests compare."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers.logger import Logger
+from torch.utils.data import DataLoader
+
+import lightning_dgmp
+
+__all__ = ["ListLogger", "Outcome", "assert_equal", "fit"]
+
+
+class ListLogger(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "list"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step or 0, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Outcome:
+    """What a run leaves: the weights, what it logged, and where it ended."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule, logger: ListLogger) -> None:
+        self.state = {name: value.clone() for name, value in module.state_dict().items()}
+        self.rows = logger.rows
+        self.global_step = trainer.global_step
+        self.plan = getattr(trainer.strategy, "_plan", None) and str(trainer.strategy.plan)
+
+
+def fit(
+    make_module: Callable[..., LightningModule],
+    make_loader: Callable[[], DataLoader],
+    strategy: dict[str, Any] | str | None,
+    devices: int,
+    max_epochs: int = 1,
+    module_args: dict[str, Any] | None = None,
+    **trainer_args: Any,
+) -> Outcome:
+    """Train; ``strategy`` is a name, the arguments of :class:`DelayedMPStrategy`, or ``None`` for Lightning's own."""
+    warnings.simplefilter("ignore")
+    seed_everything(7, verbose=False)
+    module = make_module(**(module_args or {}))
+    logger = ListLogger()
+    chosen: Any = strategy if strategy is not None else "auto"
+    if isinstance(strategy, dict):
+        chosen = lightning_dgmp.DelayedMPStrategy(**strategy)
+    defaults: dict[str, Any] = {"enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=chosen,
+        max_epochs=max_epochs,
+        logger=logger,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{**defaults, **trainer_args},
+    )
+    trainer.fit(module, make_loader())
+    return Outcome(trainer, module, logger)
+
+
+def assert_equal(actual: Outcome, expected: Outcome, tolerance: float) -> None:
+    """Compare weights, buffers and everything that was logged."""
+    assert actual.global_step == expected.global_step
+    assert [step for step, _ in actual.rows] == [step for step, _ in expected.rows]
+    for (step, ours), (_, theirs) in zip(actual.rows, expected.rows):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert abs(ours[key] - value) <= tolerance * max(1.0, abs(value)), (step, key, ours[key], value)
+    assert actual.state.keys() == expected.state.keys()
+    for name, value in expected.state.items():
+        if value.is_floating_point():
+            worst = (actual.state[name] - value).abs().max().item()
+            assert worst <= tolerance * max(1.0, value.abs().max().item()), (name, worst)
+        else:
+            torch.testing.assert_close(actual.state[name], value)
