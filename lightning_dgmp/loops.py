@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 if TYPE_CHECKING:
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["install_loops"]
 
+_NO_BATCH = (
+    "`trainer.fit` needs at least one batch, but the training data loader is empty. Check the data set, `drop_last` and"
+    " `limit_train_batches`."
+)
+
 
 def install_loops(trainer: Trainer) -> None:
     """Make the loops of ``trainer`` behave as those below, with all their state."""
@@ -27,11 +34,13 @@ def install_loops(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.__class__ = _DelayedEpochLoop
 
 
-class _DelayedEpochLoop(_TrainingEpochLoop):
+class _WithStrategy(_Loop):
     @property
     def _strategy(self) -> DelayedMPStrategy:
         return self.trainer.strategy  # type: ignore[return-value]
 
+
+class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
     @property
     @override
     def done(self) -> bool:
@@ -41,6 +50,12 @@ class _DelayedEpochLoop(_TrainingEpochLoop):
                 runner.stop_requested = True
             self.trainer.should_stop = runner.stop_agreed
         return super().done
+
+    @override
+    def on_run_start(self, data_fetcher: Any) -> None:
+        if self.trainer.current_epoch > 0:  # the loader's first iterator exists already
+            self._strategy.align_randomness(self.trainer.current_epoch)
+        super().on_run_start(data_fetcher)
 
     @override
     def _broadcast_sigterm_tensor(self) -> None:
@@ -55,8 +70,17 @@ class _DelayedEpochLoop(_TrainingEpochLoop):
             super().on_advance_end(data_fetcher)
 
 
-class _DelayedFitLoop(_FitLoop):
+class _DelayedFitLoop(_WithStrategy, _FitLoop):
+    @property
+    @override
+    def skip(self) -> bool:
+        if self.max_batches == 0 and self.trainer.limit_train_batches != 0:
+            raise MisconfigurationException(_NO_BATCH)
+        return super().skip
+
     @override
     def on_run_end(self) -> None:
-        self.trainer.strategy.finish_training()  # type: ignore[attr-defined]
+        if not self._strategy.has_begun:
+            raise MisconfigurationException(_NO_BATCH)
+        self._strategy.finish_training()
         super().on_run_end()

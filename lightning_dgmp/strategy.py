@@ -35,13 +35,15 @@ from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.schedule import delays_of
-from lightning_dgmp.stage.randomness import RandomState
+from lightning_dgmp.stage.randomness import RandomState, mix_seed
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
 from lightning_dgmp.support import check_devices, check_optimizers, check_supported
 from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Peer, PeerError, Transport
 
 __all__ = ["DelayedMPStrategy"]
+
+_HOST = torch.device("cpu")
 
 
 class DelayedMPStrategy(DDPStrategy):
@@ -130,6 +132,11 @@ class DelayedMPStrategy(DDPStrategy):
         return self._plan
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the plan of this fit is made."""
+        return self._plan is not None
+
+    @property
     def device_mesh(self) -> DeviceMesh:
         """All processes as ``(replica, stage)``; along ``stage`` the last one comes first."""
         if self._device_mesh is None:
@@ -168,8 +175,10 @@ class DelayedMPStrategy(DDPStrategy):
             self._reset_pipeline()
             install_loops(trainer)
             self._layer_sync = None  # the statistics of a stage are those of its replica; there is one replica
+        if self.data_parallel_size == 1:  # all processes see the data as a single one would
+            trainer._accelerator_connector.use_distributed_sampler = False
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self._is_pipeline:
+        if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
             self._share_randomness()
 
     @override
@@ -193,12 +202,15 @@ class DelayedMPStrategy(DDPStrategy):
 
     def _share_randomness(self) -> None:
         """Put all stages of a replica in the random state of its last one, so that their loaders do the same."""
-        state = RandomState.current(torch.device("cpu"))
-        group = self.device_mesh.get_group("stage")
-        shared = [(state, torch.initial_seed())]
-        dist.broadcast_object_list(shared, self.replica * self.num_stages, group)
+        shared = [(RandomState.current(_HOST), torch.initial_seed())]
+        if self._is_pipeline:
+            dist.broadcast_object_list(shared, self.replica * self.num_stages, self.device_mesh.get_group("stage"))
         state, self._seed = shared[0]
-        state.apply(torch.device("cpu"))
+        state.apply(_HOST)
+
+    def align_randomness(self, epoch: int) -> None:
+        """Begin an epoch in the same random state on all stages, without asking them."""
+        RandomState.from_seed(mix_seed(self._seed, epoch, 0), _HOST).apply(_HOST)
 
     # ----- the plan
 
@@ -381,9 +393,10 @@ class DelayedMPStrategy(DDPStrategy):
         if queues is not None:
             while not queues.empty:
                 self._flush_step(queues.drain)
-        elif runner is not None:
+        elif runner is not None and runner.begin_flush():
             while runner.in_flight:
                 self._flush_step(lambda: runner.backward(_no_loss))
+            runner.end_flush()
 
     def _flush_step(self, backward: Callable[[], None]) -> None:
         module = self.lightning_module

@@ -56,11 +56,16 @@ class Peer(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What one stage tells another about one batch. ``stop`` asks for, or announces, the end of training."""
+    """What one stage tells another about one batch.
+
+    ``stop`` asks for, or announces, the end of training; ``flush`` says that there are no activations of this batch
+    because the sender is about to run its outstanding backwards.
+    """
 
     batch: int
     stop: bool
     tensors: list[Tensor | None]
+    flush: bool = False
 
 
 class Transport:
@@ -114,7 +119,7 @@ class Transport:
         except _Broken as broken:
             raise self._failure(broken, direction, stage, message.batch) from None
 
-    def receive(self, direction: str, stage: int, batch: int) -> Message:
+    def receive(self, direction: str, stage: int, batch: int, flush: bool = False) -> Message:
         """Wait for the message about ``batch``.
 
         Raises:
@@ -129,10 +134,13 @@ class Transport:
             ) from None
         except _Broken as broken:
             raise self._failure(broken, direction, stage, batch) from None
-        if message.batch != batch:
+        if message.batch != batch or message.flush != flush:
+            ours, theirs = (
+                f"at the end after batch {b}" if f else f"in batch {b}" for b, f in ((batch, flush), message[::3])
+            )
             raise PeerError(
-                f"{self.me} expected the {direction} of batch {batch} from {self._peers[stage]}, but got those of batch"
-                f" {message.batch}. All processes must see the same batches in the same order."
+                f"All processes must see the same batches, but {self.me} is {ours} and {self._peers[stage]} is"
+                f" {theirs}. Make the data loaders of all processes equally long."
             )
         return message
 
@@ -262,7 +270,8 @@ class _Wire:
         for tensor in message.tensors:
             description += [-1] if tensor is None else [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
         inline = len(description) <= _HEADER - _FIXED
-        fixed = [_DATA, message.batch, int(message.stop), len(message.tensors), len(description)]
+        flags = message.stop | message.flush << 1
+        fixed = [_DATA, message.batch, flags, len(message.tensors), len(description)]
         self._send_integers(fixed + (description if inline else []))
         if not inline:
             dist.send(torch.tensor(description), self.rank, self.group)
@@ -292,7 +301,7 @@ class _Wire:
         """In the receiving thread: the next message, or :class:`_Broken` at the end of all."""
         header = torch.empty(_HEADER, dtype=torch.int64)
         dist.recv(header, self.rank, self.group)
-        kind, batch, stop, count, length, *description = header.tolist()
+        kind, batch, flags, count, length, *description = header.tolist()
         if kind != _DATA:
             data = torch.empty(length, dtype=torch.uint8)
             if length:
@@ -302,7 +311,7 @@ class _Wire:
             longer = torch.empty(length, dtype=torch.int64)
             dist.recv(longer, self.rank, self.group)
             description = longer.tolist()
-        message = Message(batch, bool(stop), [])
+        message = Message(batch, bool(flags & 1), [], bool(flags & 2))
         event = self._with_stream(lambda: self._receive_tensors(message.tensors, count, description))
         return _Arriving(message, event)
 

@@ -106,7 +106,7 @@ class _Worker:
     def stacks(self) -> str:
         assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.5)
+        time.sleep(2)
         return self.log.read()
 
     def kill(self) -> None:

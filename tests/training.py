@@ -44,7 +44,9 @@ class Outcome:
         self.state = {name: value.clone() for name, value in module.state_dict().items()}
         self.rows = logger.rows
         self.global_step = trainer.global_step
-        self.plan = getattr(trainer.strategy, "_plan", None) and str(trainer.strategy.plan)
+        plan = getattr(trainer.strategy, "_plan", None)
+        self.plan = None if plan is None else str(plan)
+        self.stages = {} if plan is None else {name: plan.stage_of(name) for name, _ in module.named_parameters()}
 
 
 def fit(
@@ -54,6 +56,8 @@ def fit(
     devices: int,
     max_epochs: int = 1,
     module_args: dict[str, Any] | None = None,
+    make_val_loader: Callable[[], DataLoader] | None = None,
+    ckpt_path: str | None = None,
     **trainer_args: Any,
 ) -> Outcome:
     """Train; ``strategy`` is a name, the arguments of :class:`DelayedMPStrategy`, or ``None`` for Lightning's own."""
@@ -76,7 +80,7 @@ def fit(
         enable_model_summary=False,
         **{**defaults, **trainer_args},
     )
-    trainer.fit(module, make_loader())
+    trainer.fit(module, make_loader(), make_val_loader() if make_val_loader else None, ckpt_path=ckpt_path)
     return Outcome(trainer, module, logger)
 
 

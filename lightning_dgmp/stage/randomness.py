@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-__all__ = ["RandomState", "StepRandomness"]
+__all__ = ["RandomState", "StepRandomness", "mix_seed"]
 
 
 class RandomState(NamedTuple):
@@ -64,8 +64,8 @@ class StepRandomness:
 
     def __init__(self, seed: int, batch: int, stage: int, device: torch.device) -> None:
         self.device = device
-        self._common = RandomState.from_seed(_mix(seed, batch, 0), device)
-        self._own = _mix(seed, batch, stage + 1)
+        self._common = RandomState.from_seed(mix_seed(seed, batch, 0), device)
+        self._own = mix_seed(seed, batch, stage + 1)
         self._own_state: torch.Tensor | None = None
         self._own_device_state: torch.Tensor | None = None
 
@@ -103,7 +103,7 @@ class StepRandomness:
                 torch.cuda.set_rng_state(common_device, self.device)
 
 
-def _mix(seed: int, batch: int, stream: int) -> int:
+def mix_seed(seed: int, batch: int, stream: int) -> int:
     """A 63-bit seed for a batch and a stream (the finaliser of splitmix64)."""
     z = (seed + 0x9E3779B97F4A7C15 * (batch * 1024 + stream + 1)) & (2**64 - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)

@@ -73,6 +73,7 @@ class StageRunner:
         self.transport, self.mode, self.seed, self.device = transport, mode, seed, device
         self.in_flight: deque[_InFlight] = deque()
         self.num_forwards = 0
+        self._flushed_at = 0
         self.stop_requested = False
         self.stop_agreed = False
         self.whole = False  # set while all parameters have their values on this process
@@ -166,6 +167,31 @@ class StageRunner:
                     errors.append(error)
         if roots:
             torch.autograd.backward(roots, errors)
+
+    def begin_flush(self) -> bool:
+        """Agree with the neighbours that no more forwards come for now.
+
+        Returns:
+            Whether there is anything to flush.
+
+        Raises:
+            PeerError: If a neighbour is at another batch.
+        """
+        if self._flushed_at == self.num_forwards:
+            return False
+        self._flushed_at = self.num_forwards
+        for target in self._wiring.targets:
+            self.transport.send(ACTIVATIONS, target, Message(self.num_forwards, False, [], flush=True))
+        for source in self._wiring.sources:
+            self.transport.receive(ACTIVATIONS, source, self.num_forwards, flush=True)
+        return True
+
+    def end_flush(self) -> None:
+        """Wait until the neighbours have flushed too: what comes next may be a collective, which knows no reasons."""
+        for source in self._wiring.sources:
+            self.transport.send(ERRORS, source, Message(self.num_forwards, False, [], flush=True))
+        for target in self._wiring.targets:
+            self.transport.receive(ERRORS, target, self.num_forwards, flush=True)
 
     # ----- inside a step
 

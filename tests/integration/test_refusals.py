@@ -1,0 +1,321 @@
+"""Bad input: a clear error in every process, within a minute, and never a hang."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dgmp import DelayedMPStrategy
+from tests import models
+from tests.pool import Failure, WorkerPool
+from tests.training import fit
+
+
+def failures(
+    pool: WorkerPool, num_stages: int, module: Any, loader: Any = models.vectors, **kwargs: Any
+) -> list[Failure]:
+    """Train in processes; all of them must fail."""
+    strategy = {"num_stages": num_stages, **kwargs.pop("strategy", {})}
+    results = pool.try_run(fit, num_stages, module, loader, strategy, num_stages, timeout=60, **kwargs)
+    assert all(isinstance(result, Failure) for result in results), results
+    return results
+
+
+def assert_all_say(results: list[Failure], *texts: str) -> None:
+    for rank, failure in enumerate(results):
+        for text in texts:
+            assert re.search(text, failure.message), f"rank {rank} says: {failure.traceback}"
+
+
+# ----- devices
+
+
+@pytest.mark.parametrize(("num_stages", "devices"), [(4, 1), (3, 4), (4, 2)])
+def test_devices_that_stages_do_not_divide(num_stages: int, devices: int) -> None:
+    with pytest.raises(MisconfigurationException, match="must divide the number of devices") as error:
+        Trainer(accelerator="cpu", devices=devices, strategy=DelayedMPStrategy(num_stages=num_stages))
+    assert f"devices={num_stages}" in str(error.value)
+    assert "virtual=True" in str(error.value)
+
+
+def test_replicas_wait_for_a_later_version() -> None:
+    with pytest.raises(MisconfigurationException, match="Several replicas of a pipeline are not supported yet"):
+        Trainer(accelerator="cpu", devices=4, strategy=DelayedMPStrategy(num_stages=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"num_stages": 0}, MisconfigurationException, "`num_stages` must be at least 1 or 'auto', but is 0"),
+        ({"num_stages": "two"}, TypeError, "`num_stages` must be an integer or 'auto', but is 'two'"),
+        ({"backward": "later"}, ValueError, "'stash', 'recompute' or 'replay', but is 'later'"),
+        ({"virtual": True}, ValueError, "`virtual=True` needs `num_stages`"),
+        ({"num_stages": 2, "virtual": True, "devices": 2}, MisconfigurationException, "there are 2. Set `devices=1`"),
+    ],
+)
+def test_arguments_of_the_strategy(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    devices = arguments.pop("devices", 1)
+    with pytest.raises(error, match=re.escape(text)):
+        Trainer(accelerator="cpu", devices=devices, strategy=DelayedMPStrategy(**arguments))
+
+
+# ----- cuts
+
+
+def test_more_stages_than_places_to_cut(pool: WorkerPool) -> None:
+    results = failures(pool, 4, models.MLP, module_args={"depth": 1})
+    assert_all_say(results, "`num_stages=4` needs 3 cuts", "can be cut in 2 places", "Use at most 3 stages")
+
+
+@pytest.mark.parametrize(
+    ("split_at", "texts"),
+    [
+        (["hidden.7"], ["`split_at` must name modules of the LightningModule", "`hidden.7`"]),
+        (["inp"], ["names `inp`", "nothing is before it"]),
+        (["hidden.1", "hidden.2"], ["1 for `num_stages=2`", "it has 2"]),
+    ],
+)
+def test_split_at(pool: WorkerPool, split_at: list[str], texts: list[str]) -> None:
+    assert_all_say(failures(pool, 2, models.MLP, strategy={"split_at": split_at}), *texts)
+
+
+def test_split_at_in_the_wrong_order(pool: WorkerPool) -> None:
+    results = failures(pool, 3, models.MLP, strategy={"split_at": ["hidden.2", "hidden.1"]})
+    assert_all_say(results, "must follow the order", "`hidden.1` is not after `hidden.2`", "Reorder")
+
+
+class NeverCalled(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.spare = nn.Linear(4, 4)
+
+
+def test_split_at_a_module_that_is_never_called(pool: WorkerPool) -> None:
+    results = failures(pool, 2, NeverCalled, strategy={"split_at": ["spare"]})
+    assert_all_say(results, "modules that `training_step` calls", "does not call `spare`")
+
+
+class Backwards(models.Base):
+    """The same two layers twice: the value after the second would travel back to the first."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.two(self.one(self.two(self.one(x)))), y)
+
+
+def test_a_value_that_would_have_to_travel_back(pool: WorkerPool) -> None:
+    results = failures(pool, 2, Backwards)
+    assert_all_say(results, "`num_stages=2` needs 1 cuts", "`one` is called again", "travel back")
+
+
+class Tied(models.LanguageModel):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gpt.head.weight = self.gpt.tok_emb.weight
+
+
+def test_a_parameter_on_two_stages(pool: WorkerPool) -> None:
+    results = failures(pool, 2, Tied, models.ragged_tokens)
+    assert_all_say(results, "`gpt.tok_emb.weight` is used by `gpt.tok_emb` and again by `gpt.head`", "untie")
+
+
+# ----- steps
+
+
+class Manual(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+
+class TwoOptimizers(models.MLP):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.inp.parameters(), 0.1), torch.optim.SGD(self.out.parameters(), 0.1)]
+
+
+class SecondOrder(models.MLP):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class ClosureTwice(models.MLP):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        optimizer.step(closure=optimizer_closure)
+
+
+class ReturnsNone(models.MLP):
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.loss(batch)
+
+
+class SometimesNone(models.MLP):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return None if batch_idx == 5 else loss
+
+
+class ReadsEarly(models.MLP):
+    """Reads a value of the first layer, at once or only later."""
+
+    def __init__(self, from_batch: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.from_batch = from_batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = self.inp(x)
+        y = y + 0
+        middle = self.hidden[0](x)
+        rest = self.out(self.hidden[1](torch.tanh(middle)))
+        if batch_idx >= self.from_batch:
+            self.seen = x.tolist()
+        return F.cross_entropy(rest, y)
+
+
+class BranchesEarly(models.MLP):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = self.inp(x)
+        x = -x if x.mean() > 0 else x
+        return F.cross_entropy(self.out(torch.tanh(self.hidden[0](x))), y)
+
+
+class DependsOnRank(models.MLP):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = self.inp(x)
+        layers = reversed(self.hidden) if self.global_rank else self.hidden
+        for layer in layers:
+            x = torch.tanh(layer(x))
+        return F.cross_entropy(self.out(x), y)
+
+
+class Explodes(models.MLP):
+    """Fails in the forward of one layer, so on one stage only."""
+
+    def __init__(self, layer: str = "inp", at: int = 7, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.get_submodule(layer).register_forward_hook(self.explode)
+        self.calls, self.at = 0, at
+
+    def explode(self, *_: Any) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise ZeroDivisionError("the user's own error")
+
+
+@pytest.mark.parametrize(
+    ("module", "texts"),
+    [
+        (Manual, ["needs automatic optimization", "`Manual.automatic_optimization` is False", "Return the loss"]),
+        (TwoOptimizers, ["needs a single optimizer", "returned several", "parameter groups"]),
+        (SecondOrder, ["evaluates each batch once", "`LBFGS`", "first-order"]),
+        (ClosureTwice, ["closure was called again for the same batch", "first-order"]),
+        (ReturnsNone, ["`training_step` must return a loss on every batch, but it returned None"]),
+        (SometimesNone, ["`training_step` must return a loss on every batch, but it returned None"]),
+        (BranchesEarly, ["can be cut in 0 places", "The step could be read only up to a point: `__bool__` reads"]),
+        (DependsOnRank, ["must make the same plan, but they disagree", "independent of the rank"]),
+    ],
+)
+def test_steps(pool: WorkerPool, module: type[LightningModule], texts: list[str]) -> None:
+    assert_all_say(failures(pool, 2, module), *texts)
+
+
+def test_reading_a_value_that_did_not_travel(pool: WorkerPool) -> None:
+    results = failures(pool, 2, ReadsEarly, module_args={"from_batch": 3}, strategy={"split_at": ["hidden.1"]})
+    assert_all_say(results, "needs a value that is not here", "`tolist` reads the value of", "made by `inp`", "move it")
+
+
+def test_what_follows_a_read_belongs_to_the_last_stage(pool: WorkerPool) -> None:
+    strategy = {"split_at": ["hidden.1"]}
+    args = {"module_args": {"from_batch": 0}}
+    expected = pool.run(fit, 1, ReadsEarly, models.vectors, {"num_stages": 2, "virtual": True, **strategy}, 1, **args)
+    ours = pool.run(fit, 2, ReadsEarly, models.vectors, {"num_stages": 2, **strategy}, 2, **args)
+    for name, value in expected[0].state.items():
+        torch.testing.assert_close(ours[0].state[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"accumulate_grad_batches": 2}, "does not support gradient accumulation yet"),
+        ({"gradient_clip_val": 1.0}, "does not support clipping by norm yet"),
+    ],
+)
+def test_arguments_of_the_trainer(pool: WorkerPool, arguments: dict[str, Any], text: str) -> None:
+    assert_all_say(failures(pool, 2, models.MLP, **arguments), text)
+
+
+# ----- data
+
+
+def no_vectors() -> DataLoader:
+    return DataLoader(TensorDataset(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long)))
+
+
+def vectors_by_rank() -> DataLoader:
+    import os
+
+    return models.vectors(size=80 + 8 * int(os.environ["LOCAL_RANK"]))
+
+
+def fewer_vectors_by_rank() -> DataLoader:
+    import os
+
+    return models.vectors(size=96 - 8 * int(os.environ["LOCAL_RANK"]))
+
+
+def random_vectors() -> DataLoader:
+    x = torch.randn(80, 8, generator=torch.Generator().manual_seed(torch.initial_seed() + int(torch.seed())))
+    return DataLoader(TensorDataset(x, torch.zeros(80, dtype=torch.long)), batch_size=8)
+
+
+def test_an_empty_loader(pool: WorkerPool) -> None:
+    assert_all_say(
+        failures(pool, 2, models.MLP, no_vectors), "at least one batch, but the training data loader is empty"
+    )
+
+
+@pytest.mark.parametrize("loader", [vectors_by_rank, fewer_vectors_by_rank])
+def test_loaders_of_different_length(pool: WorkerPool, loader: Any) -> None:
+    assert_all_say(
+        failures(pool, 2, models.MLP, loader), "must see the same batches, but", "equally long|Make the data"
+    )
+
+
+def test_different_batches(pool: WorkerPool) -> None:
+    assert_all_say(
+        failures(pool, 2, models.MLP, random_vectors), "same batches, but their first batches differ", "seed"
+    )
+
+
+# ----- failures on one stage
+
+
+@pytest.mark.parametrize(("layer", "stage"), [("inp", 0), ("hidden.1", 1), ("out", 2)])
+def test_an_error_on_one_stage_ends_all_with_its_traceback(pool: WorkerPool, layer: str, stage: int) -> None:
+    strategy = {"split_at": ["hidden.0", "hidden.2"]}
+    results = failures(pool, 3, Explodes, module_args={"layer": layer}, strategy=strategy)
+    origin = results.pop(2 - stage)
+    assert origin.type == "ZeroDivisionError"
+    assert_all_say(
+        results, rf"Stage {stage} \(rank {2 - stage}\) failed", "in explode", "ZeroDivisionError: the user's own"
+    )
+
+
+def test_an_error_in_the_trace_ends_all(pool: WorkerPool) -> None:
+    results = failures(pool, 2, Explodes, module_args={"layer": "out", "at": 1})
+    assert_all_say(results, "the user's own error")

@@ -1,0 +1,117 @@
+"""The chosen cuts are the best ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts, stage_cost
+from lightning_dgmp.plan.plan import make_plan
+from lightning_dgmp.plan.trace import trace_step
+from tests import models
+
+CPU = torch.device("cpu")
+
+
+class Uneven(nn.Sequential):
+    """Blocks of very unequal width."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__(*(nn.Linear(a, b) for a, b in pairwise(widths)))
+
+
+def transformer() -> tuple[nn.Module, tuple[Any, ...]]:
+    return models.GPT(12, 16, 50), (torch.zeros(2, 16, dtype=torch.long),)
+
+
+def uneven() -> tuple[nn.Module, tuple[Any, ...]]:
+    return Uneven([8, 512, 4, 4, 1024, 16, 16, 16, 700, 2]), (torch.randn(4, 8),)
+
+
+def one_giant() -> tuple[nn.Module, tuple[Any, ...]]:
+    return Uneven([8, 8, 8, 8, 2000, 2000, 8, 8]), (torch.randn(4, 8),)
+
+
+def cuts_of(module: nn.Module, args: tuple[Any, ...]) -> Cuts:
+    return Cuts(trace_step(lambda: module(*args), module, CPU))
+
+
+@pytest.mark.parametrize("make", [transformer, uneven, one_giant])
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_the_slowest_stage_is_the_optimum_of_brute_force(make: Callable[..., Any], num_stages: int) -> None:
+    cuts = cuts_of(*make())
+
+    def slowest(positions: tuple[int, ...]) -> float:
+        bounds = [0, *positions, len(cuts.units)]
+        return max(stage_cost(cuts, a, b) for a, b in pairwise(bounds))
+
+    best = min(slowest(positions) for positions in combinations(cuts.possible, num_stages - 1))
+    assert slowest(tuple(choose_cuts(cuts, num_stages))) == pytest.approx(best, rel=1e-12)
+
+
+def test_a_transformer_is_cut_between_its_parts_and_evenly() -> None:
+    module, args = transformer()
+    plan = make_plan(trace_step(lambda: module(*args), module, CPU), module, 4)
+    costs = [stage.cost for stage in plan.stages]
+    assert max(costs) < 1.15 * sum(costs) / 4
+
+
+def test_places_between_the_blocks_of_a_decoder_need_one_tensor() -> None:
+    module, args = transformer()
+    cuts = cuts_of(module, args)
+    first = {unit.parameters[0]: c for c, unit in enumerate(cuts.units)}
+    between = [first[f"blocks.{i}.ln_1.weight"] for i in range(1, 12)]
+    assert set(between) <= set(cuts.possible)
+    assert {cuts.nbytes[c] for c in between} == {2 * 16 * 16 * 4}
+
+
+def test_no_cut_through_a_value_that_nobody_can_name() -> None:
+    class Opaque(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.a + 1) * self.b
+
+    cuts = cuts_of(Opaque(), (torch.randn(4),))
+    assert cuts.possible == []
+    with pytest.raises(PlanError, match="a result of `add` in `the step` would cross it"):
+        choose_cuts(cuts, 2)
+
+
+def test_stage_of_and_table() -> None:
+    module = models.MLP(depth=2)
+    trace = trace_step(lambda: module(torch.randn(4, 8)), module, CPU)
+    plan = make_plan(trace, module, 2, split_at=["hidden.1"])
+    assert plan.num_stages == 2
+    assert [plan.stage_of(name) for name in ("inp.weight", "hidden.0.bias", "hidden.1.bias", "out.bias")] == [
+        (0,), (0,), (1,), (1,),
+    ]  # fmt: skip
+    with pytest.raises(KeyError):
+        plan.stage_of("nowhere")
+    table = plan.table().splitlines()
+    assert table[0].split() == ["stage", "first", "module", "last", "module", "compute", "parameters", "sends"]
+    assert table[2].split()[:3] == ["0", "inp", "hidden.0"]
+    assert table[2].split()[-3:] == ["416", "256", "B"]
+    assert table[3].split()[:3] == ["1", "hidden.1", "out"]
+
+
+def test_the_plan_is_the_same_every_time_and_differs_with_the_cut() -> None:
+    def digest(split_at: list[str]) -> str:
+        module = models.MLP(depth=2)
+        return make_plan(trace_step(lambda: module(torch.randn(4, 8)), module, CPU), module, 2, split_at).digest()
+
+    assert digest(["hidden.1"]) == digest(["hidden.1"]) != digest(["hidden.0"])
+
+
+def test_a_u_nets_skips_go_straight_to_where_they_are_needed() -> None:
+    module = models.UNet()
+    batch = (torch.randn(2, 1, 8, 8), None)
+    plan = make_plan(trace_step(lambda: module.loss(batch), module, CPU), module, 4, ["down_3", "up_2", "up_1"])
+    assert plan.edges() == [(0, 1), (0, 2), (0, 3), (1, 2), (2, 3)]

@@ -1,0 +1,137 @@
+"""The trace sees what runs, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from lightning_dgmp.plan.trace import Trace, trace_step
+from tests import models
+
+CPU = torch.device("cpu")
+
+
+def trace(module: nn.Module, *args: Any) -> Trace:
+    return trace_step(lambda: module(*args), module, CPU)
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.register_buffer("steps", torch.zeros(()))
+        self.history: list[Tensor] = []
+        self.calls = 0
+        self.seen = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.steps += 1
+        self.seen += 1
+        x = self.norm(self.linear(x))
+        self.history.append(x)
+        self.last = x
+        torch.rand(3), random.random(), numpy.random.rand()
+        return torch.dropout(x, 0.5, True)
+
+
+def test_nothing_stays_behind() -> None:
+    module = Stateful()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    attributes = {k: dict(m.__dict__) for k, m in module.named_modules()}
+    history = module.history
+    states = (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state())
+    trace(module, torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    for k, m in module.named_modules():
+        assert m.__dict__.keys() == attributes[k].keys()
+        assert all(m.__dict__[name] is value for name, value in attributes[k].items())
+    assert module.history is history
+    assert (module.calls, history, module.seen.tolist()) == (0, [], [0, 0, 0])
+    assert all(isinstance(p, nn.Parameter) and p.grad is None for p in module.parameters())
+    assert random.getstate() == states[0]
+    assert numpy.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_calls_flops_and_parameters() -> None:
+    module = models.MLP(depth=1)
+    seen = trace(module, torch.randn(5, 8))
+    assert [call.path for call in seen.calls] == ["", "inp", "hidden.0", "out"]
+    assert [call.parent for call in seen.calls] == [-1, 0, 0, 0]
+    linear = [op for op in seen.ops if op.name == "linear"]
+    assert [op.parameters for op in linear] == [(f"{n}.weight", f"{n}.bias") for n in ("inp", "hidden.0", "out")]
+    assert [op.flops for op in linear] == [2 * 5 * 8 * 16, 2 * 5 * 16 * 16, 2 * 5 * 16 * 4]
+    assert seen.stopped is None
+
+
+def test_a_parameter_read_by_a_container_belongs_to_the_containers_call() -> None:
+    module = models.GPT(2, 16, 20)
+    seen = trace(module, torch.zeros(2, 5, dtype=torch.long))
+    op = next(op for op in seen.ops if "pos_emb" in op.parameters)
+    assert seen.calls[op.call].path == ""
+
+
+def test_what_depends_on_the_batch_alone_is_real() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = (x > 0).float()
+            assert mask.sum().item() >= 0
+            return self.linear(x) * mask
+
+    assert [op.name for op in trace(Masked(), torch.randn(2, 4)).ops] == ["linear", "mul"]
+
+
+def test_the_trace_stops_where_a_value_is_read() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x)
+            if x.sum() > 0:
+                x = self.two(x)
+            return x
+
+    seen = trace(Reads(), torch.randn(2, 4))
+    assert seen.stopped is not None
+    assert "`__bool__` reads the value of a () torch.bool tensor made by one" in seen.stopped
+    assert "test_trace.py" in seen.stopped
+    assert [call.path for call in seen.calls] == ["", "one"]
+
+
+def test_metrics_are_not_updated() -> None:
+    from torchmetrics import Metric
+    from torchmetrics.classification import MulticlassAccuracy
+
+    class Measured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.accuracy = nn.Linear(4, 3), MulticlassAccuracy(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            self.accuracy(x, torch.zeros(len(x), dtype=torch.long))
+            return x
+
+    module = Measured()
+    seen = trace_step(lambda: module(torch.randn(2, 4)), module, CPU, readers=(Metric,))
+    assert "MulticlassAccuracy" in (seen.stopped or "")
+    assert module.accuracy.update_count == 0
+
+
+def test_recurrent_networks() -> None:
+    module = nn.LSTM(4, 8, num_layers=2)
+    seen = trace(module, torch.randn(3, 2, 4))
+    assert {name for op in seen.ops for name in op.parameters} == {name for name, _ in module.named_parameters()}
+    assert all(isinstance(weight, nn.Parameter) for weight in module._flat_weights)

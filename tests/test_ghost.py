@@ -1,0 +1,117 @@
+"""Ghosts look like tensors, and say so when somebody wants their values."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead, leaves, map_leaves
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def ghost() -> Ghost:
+    return GhostMode().like(torch.empty(2, 3), "the test", True, CPU)
+
+
+def test_operations_yield_ghosts_with_the_right_looks(ghost: Ghost) -> None:
+    for operation in (
+        lambda x: x + torch.ones(3),
+        lambda x: torch.ones(4, 2) @ x,
+        lambda x: F.layer_norm(x, (3,)),
+        lambda x: x.T.reshape(-1).to(torch.bfloat16),
+        lambda x: torch.cat([x, torch.zeros(5, 3)]),
+        lambda x: x[:, 0] > 0,
+        lambda x: F.cross_entropy(x, torch.tensor([0, 2])),
+    ):
+        real = operation(torch.zeros(2, 3, requires_grad=True))
+        fake = operation(ghost)
+        assert isinstance(fake, Ghost)
+        assert (fake.shape, fake.dtype, fake.device) == (real.shape, real.dtype, real.device)
+        assert fake.requires_grad == real.requires_grad
+
+
+def test_autocast_decides_the_dtype(ghost: Ghost) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(ghost, torch.zeros(5, 3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: float(x.sum()),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x.cpu().detach().numpy(),
+        lambda x: f"{x.sum():.3f}",
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: 1.0 in x,
+        lambda x: torch.equal(x, x),
+        lambda x: x.sum().backward(),
+        lambda x: copy.deepcopy(x),
+        lambda x: pickle.dumps(x),
+    ],
+)
+def test_reading_a_value_is_an_error(ghost: Ghost, read: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(GhostRead, match=r"reads the value of a .* tensor made by the test"):
+        read(ghost)
+
+
+def test_printing_a_ghost_is_harmless(ghost: Ghost) -> None:
+    assert repr(ghost) == "<ghost: a (2, 3) torch.float32 tensor made by the test>"
+
+
+def test_never_a_silent_zero(ghost: Ghost) -> None:
+    result = torch.zeros(2, 3)
+    with pytest.raises(GhostError, match=r"`__setitem__` writes .* in place .* `torch.cat`"):
+        result[0] = ghost[0]
+    with pytest.raises(GhostError, match="`add_` writes"):
+        result.add_(ghost)
+
+
+def test_a_bound_ghost_computes_with_the_value(ghost: Ghost) -> None:
+    calls = []
+    ghost.bind(lambda: calls.append(1) or torch.ones(2, 3, requires_grad=True))  # type: ignore[func-returns-value]
+    assert ghost.shape == (2, 3)
+    assert not calls
+    total = (ghost * torch.full((3,), 2.0)).sum() + ghost.sum()
+    assert type(total) is Tensor
+    assert total.item() == 18
+    assert calls == [1]
+
+
+def test_in_place_operations_keep_the_object(ghost: Ghost) -> None:
+    before = ghost + 0
+    after = before
+    after += 1
+    assert after is before
+
+
+def test_detached_ghosts_need_no_gradient(ghost: Ghost) -> None:
+    assert (ghost * 2).requires_grad
+    assert not (ghost.detach() * 2).requires_grad
+    with torch.no_grad():
+        assert not (ghost * 2).requires_grad
+
+
+def test_nests() -> None:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    one, two = torch.zeros(1), torch.ones(2)
+    nest = {"a": [one, (two, None)], "b": BaseModelOutput(last_hidden_state=one), "c": slice(0, 5)}
+    assert [leaf for leaf in leaves(nest) if isinstance(leaf, Tensor)] == [one, two, one]
+    doubled = map_leaves(lambda leaf: leaf * 2 if isinstance(leaf, Tensor) else leaf, nest)
+    assert doubled["a"][1][0].tolist() == [2, 2]
+    assert isinstance(doubled["b"], BaseModelOutput)
+    assert nest["b"].last_hidden_state is one  # type: ignore[union-attr]

@@ -1,0 +1,111 @@
+"""Messages between two processes: they arrive, or the error says who waited for what from whom."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Message, Peer, PeerError, Transport
+from tests.pool import WorkerPool
+
+
+def connect(timeout: float = 20) -> tuple[Transport, int]:
+    """Stage 0 is rank 1, stage 1 is rank 0."""
+    rank = int(os.environ["LOCAL_RANK"])
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    groups = {direction: dist.new_group([0, 1]) for direction in (ACTIVATIONS, ERRORS)}
+    me, peer = Peer(1 - rank, rank), Peer(rank, 1 - rank)
+    return Transport(me, [peer], groups, torch.device("cpu"), limit, bound=3), me.stage
+
+
+def exchange() -> Any:
+    transport, stage = connect()
+    values = [
+        torch.arange(6.0).reshape(2, 3).T,
+        None,
+        torch.tensor(True),
+        torch.zeros(0, 4, dtype=torch.bfloat16),
+        torch.full((2,), 1 + 2j),
+        *(torch.zeros((1,) * 20) for _ in range(4)),  # too many dimensions for the header
+    ]
+    if stage == 0:
+        for batch in range(10):
+            transport.send(ACTIVATIONS, 1, Message(batch, batch == 9, values))
+            back = transport.receive(ERRORS, 1, batch)
+            assert back.tensors[0].item() == batch  # type: ignore[union-attr]
+    else:
+        for batch in range(10):
+            message = transport.receive(ACTIVATIONS, 0, batch)
+            assert message.stop == (batch == 9)
+            for got, sent in zip(message.tensors, values, strict=True):
+                assert (got is None) == (sent is None)
+                if got is not None and sent is not None:
+                    torch.testing.assert_close(got, sent, rtol=0, atol=0)
+            transport.send(ERRORS, 0, Message(batch, False, [torch.tensor(batch)]))
+    transport.close()
+
+
+def test_messages_arrive(pool: WorkerPool) -> None:
+    pool.run(exchange, 2)
+
+
+def send_ahead() -> int:
+    """Nobody waits for a message that is there already, and a fast sender waits for a slow receiver."""
+    transport, stage = connect()
+    if stage == 0:
+        for batch in range(8):
+            transport.send(ACTIVATIONS, 1, Message(batch, False, [torch.tensor(batch)]))
+        transport.receive(ERRORS, 1, 0)
+    else:
+        got = [transport.receive(ACTIVATIONS, 0, batch).tensors[0].item() for batch in range(8)]  # type: ignore[union-attr]
+        assert got == list(range(8))
+        transport.send(ERRORS, 0, Message(0, False, []))
+    transport.close()
+    return stage
+
+
+def test_sending_ahead(pool: WorkerPool) -> None:
+    assert pool.run(send_ahead, 2) == [1, 0]
+
+
+def fail(how: str) -> str:
+    transport, stage = connect(timeout=1)
+    text = ""
+    if stage == 0:
+        if how == "abort":
+            transport.abort("Stage 0 (rank 1) failed: out of luck")
+        elif how == "other batch":
+            transport.send(ACTIVATIONS, 1, Message(4, False, []))
+        elif how == "flush":
+            transport.send(ACTIVATIONS, 1, Message(5, False, [], flush=True))
+        elif how == "late":
+            time.sleep(3)
+    else:
+        try:
+            transport.receive(ACTIVATIONS, 0, 5)
+        except PeerError as error:
+            text = str(error)
+    if how != "abort" or stage == 1:
+        transport.close()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("abort", "Stage 0 (rank 1) failed: out of luck"),
+        ("close", "stage 1 (rank 0) waited for the activations of batch 5 from stage 0 (rank 1), but that stage"),
+        ("other batch", "stage 1 (rank 0) is in batch 5 and stage 0 (rank 1) is in batch 4"),
+        ("flush", "stage 1 (rank 0) is in batch 5 and stage 0 (rank 1) is at the end after batch 5"),
+        ("late", "stage 1 (rank 0) waited 0:00:01 for the activations of batch 5 from stage 0 (rank 1), but none came"),
+    ],
+)
+def test_failures_have_names(pool: WorkerPool, how: str, text: str) -> None:
+    assert text in pool.run(fail, 2, how)[0]
