@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Failure", "WorkerPool"]
+__all__ = ["Failure", "WorkerPool", "free_port"]
 
 
 class Failure:
@@ -56,7 +56,7 @@ class WorkerPool:
         while len(self._workers) < world_size:
             self._workers.append(_Worker())
         workers = self._workers[:world_size]
-        port = _free_port()
+        port = free_port()
         for rank, worker in enumerate(workers):
             environment = {
                 "MASTER_ADDR": "127.0.0.1",
@@ -141,7 +141,7 @@ def _work(pipe: Any, log: str) -> None:
         pipe.send((result, clean))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     while True:
         with socket.socket() as probe:
             port = random.randint(20000, 60000)

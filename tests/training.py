@@ -58,11 +58,12 @@ def fit(
     module_args: dict[str, Any] | None = None,
     make_val_loader: Callable[[], DataLoader] | None = None,
     ckpt_path: str | None = None,
+    seed: int = 7,
     **trainer_args: Any,
 ) -> Outcome:
     """Train; ``strategy`` is a name, the arguments of :class:`DelayedMPStrategy`, or ``None`` for Lightning's own."""
     warnings.simplefilter("ignore")
-    seed_everything(7, verbose=False)
+    seed_everything(seed, verbose=False)
     module = make_module(**(module_args or {}))
     logger = ListLogger()
     chosen: Any = strategy if strategy is not None else "auto"

@@ -1,0 +1,121 @@
+"""Lightning's own launchers start the stages, and end them all when one fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tests.pool import WorkerPool, free_port
+from tests.training import fit
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+from lightning.pytorch import Trainer, seed_everything
+import lightning_dgmp
+from tests import models
+
+class Failing(models.MLP):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 9 and self.global_rank == {fails_on}:
+            raise ZeroDivisionError("the user's own error")
+        return self.loss(batch)
+
+if __name__ == "__main__":
+    seed_everything(1)
+    module = Failing()
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="{strategy}", max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False,
+    )
+    trainer.fit(module, models.vectors())
+    if trainer.is_global_zero:
+        print("SUM", round(sum(float(p.sum()) for p in module.parameters()), 4))
+"""
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
+
+
+def write(folder: Path, strategy: str = "delayed_mp", fails_on: int = -1) -> str:
+    path = folder / "script.py"
+    path.write_text(SCRIPT.format(strategy=strategy, fails_on=fails_on))
+    return str(path)
+
+
+def result(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("SUM")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = write(tmp_path_factory.mktemp("subprocess"))
+    done = subprocess.run(
+        [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 stages:" in done.stderr
+    return result(done.stdout)
+
+
+def test_subprocesses(expected: str, pool: WorkerPool) -> None:
+    virtual = {"num_stages": 2, "virtual": True}
+    state = pool.run(fit, 1, models.MLP, models.vectors, virtual, 1, seed=1)[0].state
+    assert expected == f"SUM {round(sum(float(value.sum()) for value in state.values()), 4)}"
+
+
+def test_spawn(expected: str, tmp_path: Path) -> None:
+    command = [sys.executable, write(tmp_path, "delayed_mp_spawn")]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert result(done.stdout) == expected
+
+
+def test_torchrun(expected: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*command, write(tmp_path)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert result(done.stdout) == expected
+
+
+def test_slurm(expected: str, tmp_path: Path) -> None:
+    script, port = write(tmp_path), str(free_port())
+    tasks = []
+    for rank in range(2):
+        slurm = {
+            "NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_NAME": "test", "PROCID": str(rank), "LOCALID": str(rank),
+            "NODEID": "0", "NNODES": "1", "JOB_ID": "1", "NODELIST": "127.0.0.1",
+        }  # fmt: skip
+        env = environment(MASTER_PORT=port, MASTER_ADDR="127.0.0.1", **{f"SLURM_{k}": v for k, v in slurm.items()})
+        command = [sys.executable, script]
+        pipe = subprocess.PIPE
+        tasks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert result(outputs[0][0]) == expected
+
+
+@pytest.mark.parametrize("fails_on", [0, 1])
+def test_all_processes_end_when_one_fails(tmp_path: Path, fails_on: int) -> None:
+    started = time.monotonic()
+    path = write(tmp_path, fails_on=fails_on)
+    done = subprocess.run(
+        [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - started < 60
+    assert done.returncode != 0
+    assert "ZeroDivisionError: the user's own error" in done.stderr
+    assert "in training_step" in done.stderr
+    left = subprocess.run(["pgrep", "-f", path], capture_output=True, text=True).stdout
+    assert not left, "a process was left behind"

@@ -1,0 +1,54 @@
+"""Private parts of torch and Lightning that this project touches: fails clearly when a new version changes them."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.call import _interrupt
+from torch import nn
+
+from lightning_dgmp.loops import _DelayedEpochLoop, _DelayedFitLoop, install_loops
+
+
+def test_a_modules_call_can_be_replaced_on_the_instance() -> None:
+    module = nn.Linear(2, 2)
+    module.__dict__["_compiled_call_impl"] = lambda x: "ours"
+    assert module(torch.zeros(2)) == "ours"
+    assert "_compiled_call_impl" not in module.__getstate__()
+    del module.__dict__["_compiled_call_impl"]
+    assert isinstance(module(torch.zeros(2)), torch.Tensor)
+
+
+def test_recurrent_networks_keep_a_list_of_their_parameters() -> None:
+    lstm = nn.LSTM(2, 2)
+    assert all(a is b for a, b in zip(lstm._flat_weights, lstm.parameters()))
+
+
+def test_the_loops_have_what_is_overridden() -> None:
+    for ours, theirs in ((_DelayedEpochLoop, _TrainingEpochLoop), (_DelayedFitLoop, _FitLoop)):
+        names = {n for c in (ours,) for n in vars(c) if not n.startswith("__")} - {"_broadcast_sigterm_tensor"}
+        assert all(hasattr(theirs, name) for name in names), names
+    advance = inspect.getsource(_TrainingEpochLoop.advance)
+    collectives = [word for word in ("broadcast", "barrier", "all_reduce", "reduce(") if word in advance]
+    if hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor"):  # Lightning 2.6
+        assert collectives == ["broadcast"], "there is a new synchronisation in every batch"
+        assert advance.count("broadcast") == advance.count("_broadcast_sigterm_tensor") == 1
+    else:
+        assert not collectives
+
+
+def test_the_loops_take_over_all_state() -> None:
+    trainer = Trainer(max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False)
+    install_loops(trainer)
+    assert trainer.fit_loop.max_steps == 3
+    assert isinstance(trainer.fit_loop.epoch_loop, _DelayedEpochLoop)
+
+
+def test_the_trainer_has_what_is_set() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert trainer._accelerator_connector.use_distributed_sampler is True
+    assert "strategy.on_exception" in inspect.getsource(_interrupt)
