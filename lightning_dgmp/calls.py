@@ -7,7 +7,7 @@ a handler of ours, and entries of ``_parameters`` are exchanged. This file is th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,14 +21,16 @@ CallHandler = Callable[[Callable[..., Any], nn.Module, str, tuple[Any, ...], dic
 
 
 @contextmanager
-def intercepted_calls(root: nn.Module, handler: CallHandler) -> Iterator[None]:
-    """Send every call of ``root`` and its submodules, hooks included, through ``handler``.
+def intercepted_calls(root: nn.Module, handler: CallHandler, paths: Container[str] | None = None) -> Iterator[None]:
+    """Send every call of ``root`` and its submodules, hooks included, through ``handler``; of ``paths`` alone if given.
 
     ``nn.Module.__call__`` looks for ``_compiled_call_impl`` on the instance first (that is how ``module.compile()``
     works), so nothing is patched but the instances, and copies or pickles of them made meanwhile are clean.
     """
     touched: list[tuple[nn.Module, Any]] = []
     for path, module in root.named_modules():
+        if paths is not None and path not in paths:
+            continue
         before = module.__dict__.get("_compiled_call_impl")
         call = before if before is not None else module._call_impl
         module.__dict__["_compiled_call_impl"] = partial(_through, handler, call, module, path)

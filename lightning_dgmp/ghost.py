@@ -25,16 +25,21 @@ from torch._subclasses.fake_tensor import (
 )
 
 __all__ = [
+    "PLAIN",
     "Ghost",
     "GhostError",
     "GhostMode",
     "GhostRead",
-    "is_unbound",
     "leaves",
+    "looks_of",
     "map_leaves",
     "map_tensors",
     "tensors_in",
 ]
+
+
+#: Types of arguments that are what they look like.
+PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
 
 
 class GhostError(RuntimeError):
@@ -134,6 +139,7 @@ class GhostMode:
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         #: Ids of real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
         self.written_over: set[int] = set()
+        self._results: dict[Any, Any] = {}
 
     # ----- making ghosts
 
@@ -155,6 +161,14 @@ class GhostMode:
     def around(self, func: Any) -> AbstractContextManager[Any]:
         """What surrounds the fake execution of ``func``."""
         return nullcontext()
+
+    def key(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What decides the looks of the result of ``func``, or ``None`` if something else may."""
+        if not all(isinstance(item, (Tensor, *PLAIN)) for item in leaves((args, kwargs))):
+            return None
+        device = args[0].fake.device.type if args and isinstance(args[0], Ghost) else "cpu"
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return func, autocast, looks_of(args), looks_of(dict(kwargs))
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
@@ -192,11 +206,16 @@ class GhostMode:
                 )
 
         fakes = {id(g.fake): g for g in inputs}
-        try:
-            with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, self.around(func):
-                result = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            raise GhostRead(inputs[0], name) from None
+        key = None if in_place else self.key(func, args, kwargs)
+        result = None if key is None else self._results.get(key)
+        if result is None:
+            try:
+                with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, self.around(func):
+                    result = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                raise GhostRead(inputs[0], name) from None
+            if key is not None and not any(id(fake) in fakes for fake in tensors_in(result)):
+                self._results[key] = result
         needs_grad = (
             torch.is_grad_enabled()
             and name not in _CUTS_GRAPH
@@ -286,9 +305,22 @@ def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
     return [leaf for leaf in leaves(obj) if isinstance(leaf, kind)]
 
 
-def is_unbound(obj: Any) -> bool:
-    """Whether ``obj`` is a ghost for which no value will come."""
-    return isinstance(obj, Ghost) and not obj.bound
+def looks_of(obj: Any) -> Any:
+    """A key for the nest ``obj``: its structure, what its tensors look like, and its plain values."""
+    if isinstance(obj, Ghost):
+        fake = obj.fake
+        return fake.shape, fake.stride(), fake.dtype, fake.device, obj.needs_grad
+    if isinstance(obj, Tensor):
+        return obj.shape, obj.stride(), obj.dtype, obj.device, obj.requires_grad
+    if isinstance(obj, PLAIN):
+        return type(obj), obj
+    if isinstance(obj, (list, tuple)):
+        return type(obj), *map(looks_of, obj)
+    if isinstance(obj, MutableMapping):
+        return type(obj), *((key, looks_of(value)) for key, value in obj.items())
+    if isinstance(obj, slice):
+        return slice, looks_of(obj.start), looks_of(obj.stop), looks_of(obj.step)
+    return type(obj)
 
 
 def _first_ghost(args: Any, kwargs: Any) -> Ghost:

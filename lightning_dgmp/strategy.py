@@ -35,7 +35,7 @@ from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.schedule import delays_of
-from lightning_dgmp.stage.randomness import RandomState, mix_seed
+from lightning_dgmp.stage.randomness import RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
 from lightning_dgmp.support import check_devices, check_optimizers, check_supported
@@ -210,7 +210,7 @@ class DelayedMPStrategy(DDPStrategy):
 
     def align_randomness(self, epoch: int) -> None:
         """Begin an epoch in the same random state on all stages, without asking them."""
-        RandomState.from_seed(mix_seed(self._seed, epoch, 0), _HOST).apply(_HOST)
+        seed_all(mix_seed(self._seed, epoch, 0), _HOST)
 
     # ----- the plan
 
@@ -249,7 +249,7 @@ class DelayedMPStrategy(DDPStrategy):
         )  # fmt: skip
         self._weights = WeightShards(module, slots, self._plan, self.stage, ranks, group)
         self._weights.disperse()
-        self._interception.enter_context(intercepted_calls(module, self.runner.on_call))
+        self._interception.enter_context(intercepted_calls(module, self.runner.on_call, self.runner.watched))
 
     def _agree_on_plan(self, batch: Any, batch_idx: int) -> Plan:
         plan: Plan | None = None

@@ -225,6 +225,38 @@ class Contrastive(Base):
         return F.cross_entropy(logits, torch.arange(len(x), device=x.device))
 
 
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x) * 2
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> Tensor:
+        return error * 0.5
+
+
+class CustomFunction(Base):
+    """Every block ends in a custom autograd function, whose forward runs without a graph."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _Scale.apply(self.linear(x))
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.blocks = nn.ModuleList(self.Layer() for _ in range(5))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(x, y)
+
+
 class HuggingFace(Base):
     """A language model of transformers, by its configuration: "gpt2", "llama" or "bert"."""
 

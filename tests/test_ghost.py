@@ -98,6 +98,21 @@ def test_in_place_operations_keep_the_object(ghost: Ghost) -> None:
     assert after is before
 
 
+def test_results_are_remembered_by_all_that_decides_them(ghost: Ghost) -> None:
+    for _ in range(2):
+        assert ghost[:, None].shape == (2, 1, 3)
+        assert ghost[None, :].shape == (1, 2, 3)
+        assert ghost[None].shape == (1, 2, 3)
+        assert ghost.sum(0).shape == (3,)
+        assert ghost.sum(1).shape == (2,)
+        assert (ghost + 1).dtype == torch.float32
+        assert (ghost + torch.zeros(3, dtype=torch.float64)).dtype == torch.float64
+        assert ghost.T.reshape(-1).stride() == (1,)
+    one, two = ghost * 2, ghost * 2
+    one.bind(lambda: torch.ones(2, 3))
+    assert not two.bound
+
+
 def test_detached_ghosts_need_no_gradient(ghost: Ghost) -> None:
     assert (ghost * 2).requires_grad
     assert not (ghost.detach() * 2).requires_grad

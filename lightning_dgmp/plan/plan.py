@@ -54,6 +54,7 @@ class Plan:
         num_stages: How many stages there are.
         modules: The stage that runs all calls of a module, by its path; ``None`` if its calls must be entered because
             parts of them belong to different stages, or to all.
+        visible: The modules of which a call is seen from outside of any module that one stage runs as a whole.
         transfers: What travels in every step, in order.
         last_events: For each stage the last moment of the step that concerns it; ``None``: the step's end.
         stages: One summary a stage.
@@ -63,6 +64,7 @@ class Plan:
         self,
         parameters: dict[str, int],
         modules: dict[str, int | None],
+        visible: set[str],
         transfers: list[Transfer],
         last_events: list[Event | None],
         stages: list[StageSummary],
@@ -70,6 +72,7 @@ class Plan:
     ) -> None:
         self.num_stages = len(stages)
         self.modules = modules
+        self.visible = visible
         self.transfers = transfers
         self.last_events = last_events
         self.stages = stages
@@ -224,7 +227,8 @@ def _lay_out(trace: Trace, cuts: Cuts, root: nn.Module, positions: list[int]) ->
                 sum(t.nbytes for t in transfers if t.source == k),
             )
         )
-    return Plan(parameters, modules, transfers, last_events, summaries, trace.stopped)
+    paths = {trace.calls[i].path for i in visible}
+    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.stopped)
 
 
 def _module_stages(

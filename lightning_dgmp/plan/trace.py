@@ -117,7 +117,7 @@ def trace_step(
     """
     tracer = _Tracer(root, device, readers)
     with _untouched(root, device), torch.compiler.set_stance("force_eager"):
-        with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call):
+        with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call), tracer.custom_functions():
             try:
                 tracer.trace.returned_none = step() is None
             except GhostRead as read:
@@ -146,7 +146,7 @@ class _Tracer(GhostMode):
         self.written_over = {id(buffer) for buffer in root.buffers()}
         self._open: list[int] = []
         self._occurrences: Counter[str] = Counter()
-        self._time = 0
+        self._time = self._functions_open = 0
         self._cost = _Cost()
         self._values: list[weakref.ref[Ghost]] = []
 
@@ -169,7 +169,37 @@ class _Tracer(GhostMode):
         self._note(out, index, "out")
         return out
 
+    @contextmanager
+    def custom_functions(self) -> Iterator[None]:
+        """Look through ``torch.autograd.Function``: its forward runs without a graph, its outputs have one.
+
+        What is inside cannot cross a cut, because no error comes back to it.
+        """
+        original = torch.autograd.Function.__dict__["apply"]
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            self._functions_open += 1
+            try:
+                out = original.__func__(cls, *args, **kwargs)
+            finally:
+                self._functions_open -= 1
+            inputs = tensors_in((args, kwargs))
+            if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+                for ghost in tensors_in(out, Ghost):
+                    ghost.needs_grad = ghost.is_floating_point() or ghost.is_complex()
+                    if ghost.vid >= 0:
+                        self.trace.values[ghost.vid].requires_grad = ghost.needs_grad
+            return out
+
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
     def _note(self, nest: Any, call: int, kind: str) -> None:
+        if self._functions_open:
+            return
         for leaf, item in enumerate(leaves(nest)):
             if isinstance(item, Ghost) and item.vid >= 0:
                 item.origin = self.trace.calls[call].path or item.origin if kind == "out" else item.origin
@@ -180,6 +210,9 @@ class _Tracer(GhostMode):
         return self._time
 
     # ----- operations
+
+    def key(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return None  # every operation must run, to be counted
 
     def around(self, func: Any) -> AbstractContextManager[Any]:
         self._cost.flops = self._cost.nbytes = 0

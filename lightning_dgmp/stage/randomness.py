@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-__all__ = ["RandomState", "StepRandomness", "mix_seed"]
+__all__ = ["RandomState", "StepRandomness", "mix_seed", "seed_all"]
 
 
 class RandomState(NamedTuple):
@@ -30,19 +30,6 @@ class RandomState(NamedTuple):
     def current(cls, device: torch.device) -> RandomState:
         on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(random.getstate(), numpy.random.get_state(), torch.get_rng_state(), on_device)
-
-    @classmethod
-    def from_seed(cls, seed: int, device: torch.device) -> RandomState:
-        """The state right after seeding; the current state stays."""
-        before = cls.current(device)
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-        state = cls.current(device)
-        before.apply(device)
-        return state
 
     def apply(self, device: torch.device) -> None:
         random.setstate(self.python)
@@ -64,8 +51,7 @@ class StepRandomness:
 
     def __init__(self, seed: int, batch: int, stage: int, device: torch.device) -> None:
         self.device = device
-        self._common = RandomState.from_seed(mix_seed(seed, batch, 0), device)
-        self._own = mix_seed(seed, batch, stage + 1)
+        self._common, self._own = mix_seed(seed, batch, 0), mix_seed(seed, batch, stage + 1)
         self._own_state: torch.Tensor | None = None
         self._own_device_state: torch.Tensor | None = None
 
@@ -73,7 +59,7 @@ class StepRandomness:
     def step(self) -> Iterator[None]:
         """Around the user's step."""
         outside = RandomState.current(self.device)
-        self._common.apply(self.device)
+        seed_all(self._common, self.device)
         try:
             yield
         finally:
@@ -86,9 +72,7 @@ class StepRandomness:
         common = torch.get_rng_state()
         common_device = torch.cuda.get_rng_state(self.device) if cuda else None
         if self._own_state is None:
-            torch.default_generator.manual_seed(self._own)
-            if cuda:
-                torch.cuda.default_generators[self.device.index or 0].manual_seed(self._own)
+            _seed_torch(self._own, self.device)
         else:
             torch.set_rng_state(self._own_state)
             if self._own_device_state is not None:
@@ -101,6 +85,19 @@ class StepRandomness:
             if common_device is not None:
                 self._own_device_state = torch.cuda.get_rng_state(self.device)
                 torch.cuda.set_rng_state(common_device, self.device)
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed Python's, NumPy's and torch's generators, the latter on the host and on ``device``."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    _seed_torch(seed, device)
+
+
+def _seed_torch(seed: int, device: torch.device) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
 
 
 def mix_seed(seed: int, batch: int, stream: int) -> int:

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead, leaves, map_leaves, map_tensors, tensors_in
+from lightning_dgmp.ghost import (
+    PLAIN,
+    Ghost,
+    GhostError,
+    GhostMode,
+    GhostRead,
+    leaves,
+    looks_of,
+    map_leaves,
+    map_tensors,
+    tensors_in,
+)
 from lightning_dgmp.plan.plan import Event, Plan, Transfer
 from lightning_dgmp.stage.randomness import StepRandomness
 from lightning_dgmp.stage.snapshot import take_snapshot
@@ -86,6 +97,8 @@ class StageRunner:
             if name not in self.own
         }
         self._wiring = _Wiring(plan, stage)
+        #: The modules whose calls must come here: not those inside of what this stage runs as a whole.
+        self.watched = {path for path, owner in plan.modules.items() if owner != stage or path in plan.visible}
         self._templates: dict[Any, _Template] = {}
         self._forward: _Forward | None = None
 
@@ -332,7 +345,7 @@ class _Forward:
         """The outputs of another stage's module, as ghosts; it runs on ghosts once for each kind of input."""
         runner = self.runner
         inputs = leaves((args, kwargs))
-        key = (path, torch.is_grad_enabled(), *map(_kind, inputs))
+        key = (path, torch.is_grad_enabled(), looks_of((args, kwargs)))
         template = runner._templates.get(key)
         if template is None:
             runner._ghost_mode.written_over = {id(buffer) for buffer in runner.root.buffers()}
@@ -375,12 +388,12 @@ class _Template:
     def __init__(self, out: Any, inputs: list[Any]) -> None:
         self.out = out
         self.reusable = True
-        places = {id(item): i for i, item in enumerate(inputs) if not isinstance(item, _PLAIN)}
+        places = {id(item): i for i, item in enumerate(inputs) if not isinstance(item, PLAIN)}
         self.sources: list[int | None] = []
         for leaf in leaves(out):
             source = places.get(id(leaf))
             self.sources.append(source)
-            if source is None and not isinstance(leaf, (Ghost, *_PLAIN)):
+            if source is None and not isinstance(leaf, (Ghost, *PLAIN)):
                 self.reusable = False  # depends on the values of this batch, or has a state of its own
 
     def fill(self, inputs: list[Any], mode: GhostMode, origin: str) -> Any:
@@ -421,18 +434,8 @@ class _Entry(torch.autograd.Function):
         return None, None
 
 
-_PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
-
-
 def _realise(tensor: Tensor) -> Tensor:
     return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor
-
-
-def _kind(item: Any) -> Any:
-    """What of an argument can decide the shapes of the outputs."""
-    if isinstance(item, Tensor):
-        return tuple(item.shape), item.dtype, item.device, item.requires_grad
-    return item if isinstance(item, _PLAIN) else type(item)
 
 
 @contextmanager

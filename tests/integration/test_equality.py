@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "u-net": (models.UNet, models.images),
     "lightning's transformer": (models.DemoTransformer, models.ragged_tokens),
     "two views": (models.Contrastive, models.vectors),
+    "custom function": (models.CustomFunction, models.vectors),
     "gpt2": (partial(models.HuggingFace, "gpt2"), models.ragged_tokens),
     "llama": (partial(models.HuggingFace, "llama"), models.ragged_tokens),
     "bert": (partial(models.HuggingFace, "bert"), models.ragged_tokens),

@@ -130,6 +130,13 @@ def test_metrics_are_not_updated() -> None:
     assert module.accuracy.update_count == 0
 
 
+def test_custom_functions_are_themselves_again() -> None:
+    before = torch.autograd.Function.__dict__["apply"]
+    seen = trace(models.CustomFunction.Layer(), torch.randn(2, 8))
+    assert torch.autograd.Function.__dict__["apply"] is before
+    assert seen.values[-1].requires_grad
+
+
 def test_recurrent_networks() -> None:
     module = nn.LSTM(4, 8, num_layers=2)
     seen = trace(module, torch.randn(3, 2, 4))
