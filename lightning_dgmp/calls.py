@@ -78,14 +78,15 @@ class ParameterSlots:
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Let ``tensors[name]`` stand in the places of the parameter ``name``; the others stay."""
-        for entries, name, parameter, full_name in self._places:
-            entries[name] = tensors.get(full_name, parameter)
+        places = [place for place in self._places if place[3] in tensors]
+        for entries, name, _, full_name in places:
+            entries[name] = tensors[full_name]
         for module, flat in self._flat:
             module._flat_weights = [self._substitute(tensors, weight) for weight in flat]
         try:
             yield
         finally:
-            for entries, name, parameter, _ in self._places:
+            for entries, name, parameter, _ in places:
                 entries[name] = parameter
             for module, flat in self._flat:
                 module._flat_weights = list(flat)

@@ -63,11 +63,14 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
 
     @override
     def on_advance_end(self, data_fetcher: Any) -> None:
-        if self._should_check_val_fx(data_fetcher):
-            with self._strategy.whole_model():
-                super().on_advance_end(data_fetcher)
-        else:
+        if not self._should_check_val_fx(data_fetcher):
             super().on_advance_end(data_fetcher)
+            return
+        with self._strategy.whole_model():
+            super().on_advance_end(data_fetcher)
+        runner = self._strategy.runner
+        if runner is not None:  # all stages are here anyway: a wish to stop, as of EarlyStopping, need not travel
+            runner.stop_agreed |= self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False)
 
 
 class _DelayedFitLoop(_WithStrategy, _FitLoop):

@@ -9,10 +9,19 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torchmetrics import Metric
 
 from lightning_dgmp.ghost import Ghost, tensors_in
 
-__all__ = ["logging_nothing", "logging_what_is_here"]
+__all__ = ["keep_metrics_local", "logging_nothing", "logging_what_is_here"]
+
+
+def keep_metrics_local(module: nn.Module) -> None:
+    """Let the metrics of ``module`` ask no other process: a training step updates them on the last stage alone."""
+    for child in module.modules():
+        if isinstance(child, Metric):
+            child.sync_on_compute = False
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from lightning_dgmp.calls import ParameterSlots, intercepted_calls
 from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.ghost import tensors_in
 from lightning_dgmp.loops import install_loops
-from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
+from lightning_dgmp.metrics import keep_metrics_local, logging_nothing, logging_what_is_here
 from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
@@ -180,6 +180,9 @@ class DelayedMPStrategy(DDPStrategy):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
             self._share_randomness()
+            if self.data_parallel_size == 1:
+                assert self.lightning_module is not None
+                keep_metrics_local(self.lightning_module)
 
     @override
     def configure_ddp(self) -> None:
@@ -383,6 +386,24 @@ class DelayedMPStrategy(DDPStrategy):
         elif runner is not None and runner.due:
             runner.backward(of_loss)
         return self.precision_plugin.post_backward(loss, module)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self.runner is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        result = closure()
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
+        # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could not
+        # cope with that, and a scheduler wants to see it.
+        optimizer.step(lambda: result)
+        return result
 
     def flush(self) -> None:
         """Run the outstanding backwards and steps, without new forwards, until nothing is in flight.

@@ -12,6 +12,8 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +80,12 @@ class ModelSpec:
 
 
 class Spent(NamedTuple):
-    """What a process spent on one batch, the mean over the measured block of batches.
+    """What a process spent on one batch.
 
     Attributes:
-        wall: Seconds.
-        cpu: Seconds of processor time, all threads of the process together.
-        thread: Seconds of processor time of the training thread.
+        wall: Seconds, the mean over the measured block of batches.
+        cpu: Seconds of processor time, all threads of the process together; the median over the batches.
+        thread: Seconds of processor time of the training thread; the median over the batches.
         cuts: The first module of each stage, if a plan was made.
     """
 
@@ -190,8 +192,10 @@ class _Stopwatch(Callback):
         self.tick()
 
     def spent(self, warmup: int, batches: int) -> Spent:
-        first, last = self.times[warmup - 1], self.times[warmup - 1 + batches]
-        return Spent(*((end - start) / batches for start, end in zip(first, last)))
+        times = self.times[warmup - 1 : warmup + batches]
+        steps = [[end - start for start, end in zip(*pair)] for pair in pairwise(times)]
+        _, cpu, thread = (median(column) for column in zip(*steps))
+        return Spent((times[-1][0] - times[0][0]) / batches, cpu, thread)
 
 
 def _rank() -> int:

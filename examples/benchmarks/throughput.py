@@ -48,7 +48,7 @@ from peers import ModelSpec, Spent
 TRANSFORMER = ModelSpec(num_blocks=12, width=128, context=128, batch_size=16)
 SLEEPERS = {  # a batch takes one process some hundred milliseconds of sleep
     num_blocks: ModelSpec(num_blocks, width=64, context=1, batch_size=16, sleep=seconds)
-    for num_blocks, seconds in ((16, 0.015), (12, 0.018), (64, 0.004))
+    for num_blocks, seconds in ((16, 0.015), (12, 0.025), (64, 0.004))
 }
 TINY = ModelSpec(num_blocks=12, width=16, context=8, batch_size=2)
 

@@ -113,7 +113,7 @@ class StageRunner:
         batch = self.num_forwards
         graph_later = self.mode != "stash" and self.delay > 0
         if self.delay == 0 or self.mode == "replay":
-            parameters: dict[str, Tensor] = dict(self.own)
+            parameters: dict[str, Tensor] = {}
         else:
             parameters = take_snapshot(self.own)
         record = _InFlight(batch, step, parameters)
@@ -150,15 +150,14 @@ class StageRunner:
         record = self.in_flight.popleft()
         with ExitStack() as stack:
             if self.mode != "stash" and self.delay > 0:
-                if self.mode == "replay":
-                    record.parameters = dict(self.own)
                 stack.enter_context(_buffers_kept(self._own_modules()))
                 forward = _Forward(self, record, keeps_inputs=False)
                 with torch.enable_grad():
                     self._run(forward)
                 record.received.clear()
-            # Code that runs modules again in the backward, as activation checkpointing does, must see the same weights.
-            stack.enter_context(self.slots.holding({**self._others, **record.parameters}))
+            if self.delay > 0:
+                # Code that runs modules again in the backward, as activation checkpointing does, must see old weights.
+                stack.enter_context(self.slots.holding(record.parameters))
             if self.is_last:
                 of_loss()
             else:
@@ -225,7 +224,7 @@ class StageRunner:
         record = forward.record
         self._forward = forward
         try:
-            with self.slots.holding({**self._others, **record.parameters}), forward.randomness.step():
+            with self.slots.holding(self._others | record.parameters), forward.randomness.step():
                 result = record.step()
         except _StepDone:
             return None

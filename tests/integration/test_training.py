@@ -1,0 +1,154 @@
+"""What happens around the steps: stopping, metrics, hooks, a second fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_dgmp import DelayedMPStrategy
+from tests import models
+from tests.pool import Failure, WorkerPool
+from tests.training import assert_equal, fit
+
+
+class StopsItself(models.MLP):
+    """The wish to stop arises in code that runs on the last stage alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 9:
+            self.trainer.should_stop = True
+        return loss
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_all_stages_stop_after_the_same_batch(pool: WorkerPool, num_stages: int) -> None:
+    outcomes = pool.run(fit, num_stages, StopsItself, models.vectors, {"num_stages": num_stages}, num_stages)
+    steps = {outcome.global_step for outcome in outcomes}
+    assert len(steps) == 1
+    assert 10 <= steps.pop() <= 10 + 2 * num_stages
+
+
+def fit_with_early_stopping(strategy: Any, devices: int) -> Any:
+    callback = EarlyStopping("val_loss", patience=0, min_delta=10.0)  # nothing is ever better by so much
+    args: dict[str, Any] = {"callbacks": [callback], "val_check_interval": 8, "make_val_loader": models.vectors}
+    return fit(models.ValidatedMLP, models.vectors, strategy, devices, **args)
+
+
+def test_early_stopping_stops_at_once(pool: WorkerPool) -> None:
+    expected = pool.run(fit_with_early_stopping, 1, {"num_stages": 3, "virtual": True}, 1)[0]
+    ours = pool.run(fit_with_early_stopping, 3, {"num_stages": 3}, 3)
+    assert expected.global_step == 16
+    assert [outcome.global_step for outcome in ours] == [16] * 3
+    assert_equal(ours[0], expected, 1e-6)
+
+
+class Measured(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.accuracy = MulticlassAccuracy(4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("loss", loss.detach().item(), sync_dist=True, on_epoch=True)
+        return loss
+
+
+def test_metrics_in_a_training_step(pool: WorkerPool) -> None:
+    expected = pool.run(fit, 1, Measured, models.vectors, {"num_stages": 2, "virtual": True}, 1)[0]
+    assert any("accuracy_epoch" in row for _, row in expected.rows)
+    assert_equal(pool.run(fit, 2, Measured, models.vectors, {"num_stages": 2}, 2)[0], expected, 1e-6)
+
+
+class CallsOutside(Callback):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == 3:
+            pl_module(torch.zeros(2, 8))
+
+
+def call_outside() -> Any:
+    return fit(models.MLP, models.vectors, {"num_stages": 2}, 2, callbacks=[CallsOutside()])
+
+
+def test_a_forward_outside_of_a_step_is_an_error(pool: WorkerPool) -> None:
+    results = pool.try_run(call_outside, 2)
+    assert all(isinstance(result, Failure) for result in results)
+    assert any("was called outside of a step on stage" in result.message for result in results)
+
+
+class Hooked(models.MLP):
+    """Hooks that change gradients and steps."""
+
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.mul_(0.5)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.trainer.global_step + 1) / 10)
+        optimizer.step(closure=optimizer_closure)
+
+
+def test_hooks_act_on_delayed_gradients(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    expected = pool.run(fit, 1, Hooked, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, Hooked, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+def fit_twice() -> tuple[float, float]:
+    """Again with the same Trainer and module, then test it."""
+    module = models.ValidatedMLP()
+    strategy = DelayedMPStrategy(num_stages=2)
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, models.vectors())
+    first = trainer.validate(module, models.vectors(), verbose=False)[0]["val_loss"]
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, models.vectors())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in module.parameters())
+    return first, trainer.validate(module, models.vectors(), verbose=False)[0]["val_loss"]
+
+
+def test_a_second_fit_goes_on_and_the_module_is_whole(pool: WorkerPool) -> None:
+    one, two = pool.run(fit_twice, 2)
+    assert one == two
+    assert one[1] < one[0]
+
+
+class Shuffled(models.MLP):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        noise = torch.randn_like(x) * 0.1  # drawn alike on all stages
+        return super().training_step((x + noise, y), batch_idx)
+
+
+def shuffled_vectors() -> Any:
+    return torch.utils.data.DataLoader(models.vectors().dataset, batch_size=8, shuffle=True)
+
+
+def test_shuffling_without_a_seed_agrees_on_all_stages(pool: WorkerPool) -> None:
+    # Stages that saw different batches would differ in their losses, which are compared batch by batch.
+    args = {"max_epochs": 2}
+    expected = pool.run(fit, 1, models.MLP, shuffled_vectors, {"num_stages": 2, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 2, models.MLP, shuffled_vectors, {"num_stages": 2}, 2, **args)[0], expected, 1e-6)
+
+
+def test_noise_drawn_in_the_step_agrees_on_all_stages(pool: WorkerPool) -> None:
+    losses = []
+    for num_stages in (2, 3):
+        outcome = pool.run(fit, num_stages, Shuffled, models.vectors, {"num_stages": num_stages}, num_stages)[0]
+        losses.append(next(row["loss"] for _, row in outcome.rows if "loss" in row))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
