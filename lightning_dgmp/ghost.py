@@ -9,8 +9,6 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,18 +22,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-__all__ = [
-    "PLAIN",
-    "Ghost",
-    "GhostError",
-    "GhostMode",
-    "GhostRead",
-    "leaves",
-    "looks_of",
-    "map_leaves",
-    "map_tensors",
-    "tensors_in",
-]
+from lightning_dgmp.nests import leaves, map_tensors, tensors_in
+
+__all__ = ["PLAIN", "Ghost", "GhostError", "GhostMode", "GhostRead", "looks_of"]
 
 
 #: Types of arguments that are what they look like.
@@ -73,6 +62,7 @@ class Ghost(torch.Tensor):
     origin: str
     needs_grad: bool
     vid: int
+    looks: tuple[Any, ...] | None
     _real: Tensor | None
     _receive: Callable[[], Tensor] | None
 
@@ -83,7 +73,7 @@ class Ghost(torch.Tensor):
                 cls, fake.size(), strides=fake.stride(), dtype=fake.dtype, layout=fake.layout, device=fake.device
             )
         ghost.fake, ghost.family, ghost.origin, ghost.needs_grad = fake, family, origin, requires_grad
-        ghost.vid, ghost._real, ghost._receive = -1, None, None
+        ghost.vid, ghost.looks, ghost._real, ghost._receive = -1, None, None, None
         return ghost
 
     @property
@@ -151,7 +141,9 @@ class GhostMode:
 
     def again(self, ghost: Ghost, origin: str) -> Ghost:
         """A fresh, unbound ghost with the looks of ``ghost``."""
-        return Ghost(ghost.fake, self, origin, ghost.needs_grad)
+        fresh = Ghost(ghost.fake, self, origin, ghost.needs_grad)
+        fresh.looks = ghost.looks
+        return fresh
 
     # ----- operations
 
@@ -253,63 +245,13 @@ class _Identity:
         return id(item) in self.ids
 
 
-def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
-    """Rebuild ``obj`` with ``fn`` applied to every leaf.
-
-    Lists, tuples, named tuples, dicts, other mappings, dataclasses and slices are nests; everything else is a leaf.
-    """
-    if isinstance(obj, Tensor) or obj is None:
-        return fn(obj)
-    if isinstance(obj, (list, tuple)):
-        items = [map_leaves(fn, item) for item in obj]
-        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
-    if type(obj) is dict:
-        return {key: map_leaves(fn, value) for key, value in obj.items()}
-    if isinstance(obj, slice):
-        return slice(*(map_leaves(fn, part) for part in (obj.start, obj.stop, obj.step)))
-    if isinstance(obj, MutableMapping):  # also the outputs of Hugging Face models, which are dataclasses besides
-        mapping = copy.copy(obj)
-        for key, value in obj.items():
-            mapping[key] = map_leaves(fn, value)
-        return mapping
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        copied: Any = copy.copy(obj)
-        for field in dataclasses.fields(obj):
-            object.__setattr__(copied, field.name, map_leaves(fn, getattr(obj, field.name)))
-        return copied
-    return fn(obj)
-
-
-def leaves(obj: Any) -> list[Any]:
-    """All leaves of the nest ``obj``, in the order of :func:`map_leaves`."""
-    if isinstance(obj, Tensor) or obj is None:
-        return [obj]
-    if isinstance(obj, (list, tuple)):
-        return [leaf for item in obj for leaf in leaves(item)]
-    if isinstance(obj, MutableMapping):
-        return [leaf for item in obj.values() for leaf in leaves(item)]
-    if isinstance(obj, slice):
-        return leaves((obj.start, obj.stop, obj.step))
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return [leaf for field in dataclasses.fields(obj) for leaf in leaves(getattr(obj, field.name))]
-    return [obj]
-
-
-def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:
-    """Rebuild the nest ``obj`` with ``fn`` applied to every tensor."""
-    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, obj)
-
-
-def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
-    """The tensors of type ``kind`` in a nest, in order."""
-    return [leaf for leaf in leaves(obj) if isinstance(leaf, kind)]
-
-
 def looks_of(obj: Any) -> Any:
     """A key for the nest ``obj``: its structure, what its tensors look like, and its plain values."""
     if isinstance(obj, Ghost):
-        fake = obj.fake
-        return fake.shape, fake.stride(), fake.dtype, fake.device, obj.needs_grad
+        if obj.looks is None:
+            fake = obj.fake
+            obj.looks = fake.shape, fake.stride(), fake.dtype, fake.device
+        return *obj.looks, obj.needs_grad
     if isinstance(obj, Tensor):
         return obj.shape, obj.stride(), obj.dtype, obj.device, obj.requires_grad
     if isinstance(obj, PLAIN):

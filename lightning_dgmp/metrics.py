@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_dgmp.ghost import Ghost, tensors_in
+from lightning_dgmp.ghost import Ghost
+from lightning_dgmp.nests import tensors_in
 
 __all__ = ["keep_metrics_local", "logging_nothing", "logging_what_is_here"]
 

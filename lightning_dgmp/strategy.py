@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,20 +26,18 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_dgmp.calls import ParameterSlots, intercepted_calls
-from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
-from lightning_dgmp.ghost import tensors_in
+from lightning_dgmp.agreement import agree_on_plan
+from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.loops import install_loops
 from lightning_dgmp.metrics import keep_metrics_local, logging_nothing, logging_what_is_here
-from lightning_dgmp.plan.cut import PlanError
+from lightning_dgmp.pipeline import Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.randomness import RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
 from lightning_dgmp.support import check_devices, check_optimizers, check_supported
-from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Peer, PeerError, Transport
+from lightning_dgmp.transport import PeerError
 
 __all__ = ["DelayedMPStrategy"]
 
@@ -92,15 +90,11 @@ class DelayedMPStrategy(DDPStrategy):
         self._reset_pipeline()
 
     def _reset_pipeline(self) -> None:
-        self.runner: StageRunner | None = None
         self._plan: Plan | None = None
+        self._pipeline: Pipeline | None = None
         self._queues: GradientQueues | None = None
-        self._transport: Transport | None = None
-        self._weights: WeightShards | None = None
-        self._optimizer_shards: list[OptimizerShards] = []
         self._seed = 0
         self._num_steps = 0
-        self._interception = ExitStack()
 
     # ----- who is where
 
@@ -130,6 +124,11 @@ class DelayedMPStrategy(DDPStrategy):
         if self._plan is None:
             raise RuntimeError("There is no plan yet: it is made from the first batch of `trainer.fit`.")
         return self._plan
+
+    @property
+    def runner(self) -> StageRunner | None:
+        """The stage of this process, once training has begun; ``None`` with virtual stages."""
+        return None if self._pipeline is None else self._pipeline.runner
 
     @property
     def has_begun(self) -> bool:
@@ -227,82 +226,32 @@ class DelayedMPStrategy(DDPStrategy):
         """Plan on the first batch, before anything has run on it."""
         module = self.lightning_module
         assert module is not None
-        slots = ParameterSlots(module)
-        self._plan = self._agree_on_plan(batch, batch_idx)
+        make_plan = partial(self._make_plan, batch, batch_idx)
+        if self._virtual:
+            self._plan = make_plan()
+        else:
+            self._plan = agree_on_plan(make_plan, batch, self.device_mesh.get_group("stage"))
         rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
-        delays = delays_of(self.num_stages)
         if self._virtual:
-            stages = [
-                [p for name, p in slots.parameters.items() if k in self._plan.stage_of(name)]
-                for k in range(self.num_stages)
-            ]
-            self._queues = GradientQueues(stages, delays)
+            self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan)
             return
-        group = self.device_mesh.get_group("stage")
-        first_rank = self.replica * self.num_stages
-        ranks = [first_rank + delay for delay in delays]
-        self._optimizer_shards = [
-            OptimizerShards(optimizer, slots, self._plan, self.stage, group, first_rank)
-            for optimizer in self.optimizers
-        ]
-        self._transport = self._open_transport(self._plan, ranks)
-        self.runner = StageRunner(
-            module, slots, self._plan, self.stage, delays[self.stage], self._transport, self._backward, self._seed,
+        self._pipeline = Pipeline(
+            module,
+            self.optimizers,
+            self._plan,
+            self.device_mesh.get_group("stage"),
             self.root_device,
-        )  # fmt: skip
-        self._weights = WeightShards(module, slots, self._plan, self.stage, ranks, group)
-        self._weights.disperse()
-        self._interception.enter_context(intercepted_calls(module, self.runner.on_call, self.runner.watched))
-
-    def _agree_on_plan(self, batch: Any, batch_idx: int) -> Plan:
-        plan: Plan | None = None
-        error: Exception | None = None
-        try:
-            plan = self._make_plan(batch, batch_idx)
-        except Exception as e:
-            error = e
-        if self._virtual:
-            if error is not None:
-                raise error
-            assert plan is not None
-            return plan
-        mine = (
-            None if plan is None else plan.digest(),
-            _fingerprint(batch),
-            None if error is None else "".join(traceback.format_exception(error)),
+            timeout=self._timeout or default_pg_timeout,
+            over_nccl=self._get_process_group_backend() == "nccl",
+            backward=self._backward,
+            seed=self._seed,
         )
-        answers: list[Any] = [None] * self.num_stages
-        dist.all_gather_object(answers, mine, self.device_mesh.get_group("stage"))
-        if error is not None:
-            raise error
-        for delay, (_, _, failure) in enumerate(answers):
-            if failure is not None:
-                raise PeerError(f"Stage {self.num_stages - 1 - delay} (rank {self._rank(delay)}) failed:\n{failure}")
-        if len({fingerprint for _, fingerprint, _ in answers}) > 1:
-            raise PlanError(
-                "All stages must see the same batches, but their first batches differ. The data are random or depend on"
-                " the rank: seed them alike on all processes, for example with `seed_everything(0)`."
-            )
-        if len({digest for digest, _, _ in answers}) > 1:
-            raise PlanError(
-                "All stages must make the same plan, but they disagree:"
-                f" {', '.join(f'rank {self._rank(i)} has {a[0]}' for i, a in enumerate(answers))}. `training_step` ran"
-                " differently on different processes: make it independent of the rank."
-            )
-        assert plan is not None
-        return plan
-
-    def _rank(self, delay: int) -> int:
-        return self.replica * self.num_stages + delay
 
     def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
         module = self.lightning_module
         assert module is not None
-        args = (
-            (batch, batch_idx)
-            if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-            else (batch,)
-        )
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        args = (batch, batch_idx) if takes_index else (batch,)
 
         def step() -> Any:
             with self.precision_plugin.train_step_context():
@@ -311,27 +260,6 @@ class DelayedMPStrategy(DDPStrategy):
         with torch.enable_grad(), logging_nothing(module, with_loggers=True):
             trace = trace_step(step, module, self.root_device, readers=(Metric,))
         return make_plan(trace, module, self.num_stages, self._split_at)
-
-    def _open_transport(self, plan: Plan, ranks: list[int]) -> Transport:
-        timeout = self._timeout or default_pg_timeout
-        groups = {d: dist.new_group(sorted(ranks), timeout=timeout, backend="gloo") for d in (ACTIVATIONS, ERRORS)}
-        pairs: dict[tuple[str, int], Any] = {}
-        if self._get_process_group_backend() == "nccl":
-            for a, b in plan.edges():
-                for direction in (ACTIVATIONS, ERRORS):
-                    pair = dist.new_group(sorted((ranks[a], ranks[b])), timeout=timeout, backend="nccl")
-                    if self.stage in (a, b):
-                        pairs[direction, a + b - self.stage] = pair
-        peers = sorted({a + b - self.stage for a, b in plan.edges() if self.stage in (a, b)})
-        return Transport(
-            Peer(self.stage, ranks[self.stage]),
-            [Peer(k, ranks[k]) for k in peers],
-            groups,
-            self.root_device,
-            timeout,
-            bound=self.num_stages + 1,
-            pairs=pairs or None,
-        )
 
     # ----- training
 
@@ -400,8 +328,8 @@ class DelayedMPStrategy(DDPStrategy):
         result = closure()
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
-        # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could not
-        # cope with that, and a scheduler wants to see it.
+        # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
+        # not cope with that, and a scheduler wants to see it.
         optimizer.step(lambda: result)
         return result
 
@@ -438,25 +366,14 @@ class DelayedMPStrategy(DDPStrategy):
     def whole_model(self) -> Iterator[None]:
         """Flush, and give every process the whole model meanwhile. All stages must enter it at the same iteration."""
         self.flush()
-        if self.runner is None or self._weights is None or self.runner.whole:
+        with nullcontext() if self._pipeline is None else self._pipeline.whole_model():
             yield
-            return
-        self._weights.assemble()
-        self.runner.whole = True
-        try:
-            yield
-        finally:
-            self.runner.whole = False
-            self._weights.disperse()
 
     def finish_training(self) -> None:
         """Flush and leave the whole model on every process."""
         self.flush()
-        if self.runner is not None and self._weights is not None and self._transport is not None:
-            self._weights.assemble()
-            self.runner.whole = True
-            self._transport.close()
-            self._interception.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
 
     # ----- collectives: replicas average and gather, the world waits and decides
 
@@ -486,10 +403,11 @@ class DelayedMPStrategy(DDPStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        for shards in self._optimizer_shards:
-            if shards.optimizer is getattr(optimizer, "_optimizer", optimizer):
-                self.flush()
-                return shards.state_dict()
+        if self._pipeline is not None:
+            self.flush()
+            state = self._pipeline.optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+            if state is not None:
+                return state
         return super().optimizer_state(optimizer)
 
     # ----- the end
@@ -497,13 +415,13 @@ class DelayedMPStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if self._transport is not None:
+        if self._pipeline is not None:
             if isinstance(exception, PeerError):
                 reason = str(exception)
             else:
                 trace = "".join(traceback.format_exception(exception))
                 reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
-            self._transport.abort(reason)
+            self._pipeline.abort(reason)
 
     @classmethod
     @override
@@ -523,13 +441,3 @@ class DelayedMPStrategy(DDPStrategy):
 
 def _no_loss() -> None:
     raise AssertionError("The last stage has nothing in flight between iterations.")
-
-
-def _fingerprint(batch: Any) -> str:
-    """A digest of what is in the tensors of a batch, up to a megabyte each."""
-    digest = hashlib.sha256()
-    for tensor in tensors_in(batch):
-        flat = tensor.detach().flatten()[: 2**20].cpu().contiguous()
-        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "ERRORS", "Message", "Peer", "PeerError", "Transport"]
+__all__ = ["ACTIVATIONS", "ERRORS", "Message", "Peer", "PeerError", "Transport", "connect"]
 
 ACTIVATIONS = "activations"
 ERRORS = "errors"
@@ -168,6 +168,38 @@ class Transport:
                 " processes must see the same number of batches."
             )
         return PeerError(f"{self.me} lost {peer} at the {direction} of batch {batch}: {broken}")
+
+
+def connect(
+    stage: int,
+    ranks: Sequence[int],
+    edges: Sequence[tuple[int, int]],
+    device: torch.device,
+    timeout: timedelta,
+    over_nccl: bool = False,
+) -> Transport:
+    """Open the channels of ``stage``. All processes of the replica must call it.
+
+    Args:
+        stage: The stage of this process.
+        ranks: The global rank of each stage.
+        edges: The pairs of stages that exchange messages.
+        device: Where received tensors should be.
+        timeout: How long to wait for a message before giving up.
+        over_nccl: Whether tensors go straight from device to device.
+    """
+    groups = {d: dist.new_group(sorted(ranks), timeout=timeout, backend="gloo") for d in (ACTIVATIONS, ERRORS)}
+    pairs: dict[tuple[str, int], Any] = {}
+    if over_nccl:
+        for a, b in edges:
+            for direction in (ACTIVATIONS, ERRORS):
+                pair = dist.new_group(sorted((ranks[a], ranks[b])), timeout=timeout, backend="nccl")
+                if stage in (a, b):
+                    pairs[direction, a + b - stage] = pair
+    peers = [Peer(k, ranks[k]) for k in sorted({a + b - stage for a, b in edges if stage in (a, b)})]
+    return Transport(
+        Peer(stage, ranks[stage]), peers, groups, device, timeout, bound=len(ranks) + 1, pairs=pairs or None
+    )
 
 
 class _Broken(Exception):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead, leaves, map_leaves
+from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
+from lightning_dgmp.nests import leaves, map_leaves
 
 CPU = torch.device("cpu")
 

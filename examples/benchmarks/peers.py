@@ -109,13 +109,13 @@ def run_ddp(spec: ModelSpec, warmup: int, batches: int) -> Spent:
     return _fit(_LanguageModel(spec.layers()), data, warmup, batches, strategy="ddp", devices=_world_size())
 
 
-def run_delayed(spec: ModelSpec, warmup: int, batches: int, *, even: bool = False) -> Spent:
+def run_delayed(spec: ModelSpec, warmup: int, batches: int, *, even: bool = False, pause: float = 0) -> Spent:
     """This project, with the cuts that it finds by itself or, if ``even``, with those of :meth:`ModelSpec.share`."""
     num_stages = _world_size()
     starts = [f"layers.{stage * spec.num_blocks // num_stages + 1}" for stage in range(1, num_stages)]
     strategy = DelayedMPStrategy(split_at=starts if even else None)
     model, data = _LanguageModel(spec.layers()), spec.batches(warmup + batches)
-    spent = _fit(model, data, warmup, batches, strategy=strategy, devices=num_stages)
+    spent = _fit(model, data, warmup, batches, strategy=strategy, devices=num_stages, pause=pause)
     return spent._replace(cuts=tuple(stage.first_module for stage in strategy.plan.stages))
 
 
@@ -141,7 +141,7 @@ def run_pipelining(spec: ModelSpec, warmup: int, batches: int, *, schedule: str,
     return stopwatch.spent(warmup, batches)
 
 
-def run_share(spec: ModelSpec, warmup: int, batches: int) -> Spent:
+def run_share(spec: ModelSpec, warmup: int, batches: int, *, pause: float = 0) -> Spent:
     """Plain Lightning with the layers of one stage alone: what a stage costs without this project.
 
     The processes know nothing of each other, but run side by side as stages do; the first one has the last stage.
@@ -153,16 +153,22 @@ def run_share(spec: ModelSpec, warmup: int, batches: int) -> Spent:
         x = torch.randn(spec.batch_size, spec.context, spec.width, requires_grad=True)
         data = [(x, y) for _, y in data]
     model = _LanguageModel(spec.share(stage, num_stages), has_loss=stage == num_stages - 1)
-    return _fit(model, data, warmup, batches)
+    return _fit(model, data, warmup, batches, pause=pause)
 
 
 def _fit(
-    model: LightningModule, data: list[Batch], warmup: int, batches: int, strategy: Any = "auto", devices: int = 1
+    model: LightningModule,
+    data: list[Batch],
+    warmup: int,
+    batches: int,
+    strategy: Any = "auto",
+    devices: int = 1,
+    pause: float = 0,
 ) -> Spent:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    stopwatch = _Stopwatch()
+    stopwatch = _Stopwatch(pause)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -180,9 +186,10 @@ def _fit(
 
 
 class _Stopwatch(Callback):
-    """Takes the time at the end of every batch."""
+    """Takes the time at the end of every batch, and pauses there if asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = 0) -> None:
+        self.pause = pause
         self.times: list[tuple[float, float, float]] = []
 
     def tick(self) -> None:
@@ -190,6 +197,7 @@ class _Stopwatch(Callback):
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self.tick()
+        time.sleep(self.pause)
 
     def spent(self, warmup: int, batches: int) -> Spent:
         times = self.times[warmup - 1 : warmup + batches]

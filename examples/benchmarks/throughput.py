@@ -50,6 +50,7 @@ SLEEPERS = {  # a batch takes one process some hundred milliseconds of sleep
     num_blocks: ModelSpec(num_blocks, width=64, context=1, batch_size=16, sleep=seconds)
     for num_blocks, seconds in ((16, 0.015), (12, 0.025), (64, 0.004))
 }
+PAUSE = 0.02  # seconds after each batch where processor time is measured
 TINY = ModelSpec(num_blocks=12, width=16, context=8, batch_size=2)
 
 
@@ -147,20 +148,24 @@ def measure_overhead(pool: Pool, rounds: int, batches: int) -> list[dict[str, An
     The 12 blocks are so small that arithmetic does not matter. Counted is the processor time of a stage's process in
     the steady state (waiting costs none) less that of a process in which plain Lightning trains the layers of that
     stage alone: the same number of the same blocks, with the embedding on the first stage and the head and the loss on
-    the last. As many such processes run side by side as there are stages. What is left is the work of this project:
-    standing in for the modules of other stages, copying weights, random states, queues and messages. ``thread`` is the
-    part of the training thread, which delays the step; ``all`` is with the threads that send and receive, and with what
-    gloo does in them. The cuts are put between blocks, so that both sides run the same layers; for two stages also
-    where the strategy puts them by itself, which may be inside a block: there the other stages must follow the
-    operations of that block one by one, and the two sides run the same layers only up to a part of a block.
+    the last. As many such processes run side by side as there are stages. Both sides pause after every batch, as a
+    process does that waits for another: a processor that comes back to a process is slower for some milliseconds
+    (caches, clock), which would else be counted on one side alone. What is left is the work of this project: standing
+    in for the modules of other stages, copying weights, random states, queues and messages. ``thread`` is the part of
+    the training thread, which delays the step; ``all`` is with the threads that send and receive, and with what gloo
+    does in them. The cuts are put between blocks, so that both sides run the same layers; for two stages also where the
+    strategy puts them by itself, which may be inside a block: there the other stages must follow the operations of that
+    block one by one, and the two sides run the same layers only up to a part of a block.
     """
     results: list[dict[str, Any]] = []
     for num_stages, even in ((2, True), (4, True), (2, False)):
         ours: list[list[Spent]] = []
         plain: list[list[Spent]] = []
         for _ in range(rounds):
-            ours.append(pool.run(peers.run_delayed, num_stages, TINY, 2 * num_stages + 3, batches, even=even)[::-1])
-            plain.append(pool.run(peers.run_share, num_stages, TINY, 2 * num_stages + 3, batches)[::-1])
+            ours.append(
+                pool.run(peers.run_delayed, num_stages, TINY, 2 * num_stages + 3, batches, even=even, pause=PAUSE)[::-1]
+            )
+            plain.append(pool.run(peers.run_share, num_stages, TINY, 2 * num_stages + 3, batches, pause=PAUSE)[::-1])
         for stage in range(num_stages):
             result: dict[str, Any] = {"num_stages": num_stages, "stage": stage, "even": even, "cuts": ours[0][-1].cuts}
             for kind, attribute in (("thread", "thread"), ("all", "cpu")):

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_dgmp.calls import ParameterSlots, intercepted_calls
-from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead, leaves, tensors_in
+from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead
+from lightning_dgmp.nests import leaves, tensors_in
 
 __all__ = ["Appearance", "Call", "Op", "ParameterInfo", "Trace", "Value", "trace_step"]
 

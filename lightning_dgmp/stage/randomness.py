@@ -18,6 +18,9 @@ import torch
 __all__ = ["RandomState", "StepRandomness", "mix_seed", "seed_all"]
 
 
+_STEP_GENERATOR = numpy.random.MT19937(0)
+
+
 class RandomState(NamedTuple):
     """The state of all generators: Python's, NumPy's, torch's on the host and on one accelerator."""
 
@@ -58,12 +61,20 @@ class StepRandomness:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around the user's step."""
-        outside = RandomState.current(self.device)
+        python, host = random.getstate(), torch.get_rng_state()
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        # NumPy's generator is exchanged: its state is slow to read and to write.
+        generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
+        numpy.random.set_bit_generator(_STEP_GENERATOR)  # type: ignore[attr-defined]
         seed_all(self._common, self.device)
         try:
             yield
         finally:
-            outside.apply(self.device)
+            random.setstate(python)
+            numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]
+            torch.set_rng_state(host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.device)
 
     @contextmanager
     def modules(self) -> Iterator[None]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -13,42 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.ghost import (
-    PLAIN,
-    Ghost,
-    GhostError,
-    GhostMode,
-    GhostRead,
-    leaves,
-    looks_of,
-    map_leaves,
-    map_tensors,
-    tensors_in,
-)
-from lightning_dgmp.plan.plan import Event, Plan, Transfer
+from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
+from lightning_dgmp.nests import map_tensors, tensors_in
+from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
 from lightning_dgmp.stage.randomness import StepRandomness
+from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
+from lightning_dgmp.stage.wiring import Wiring
 from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Message, Transport
 
 __all__ = ["BackwardMode", "StageRunner"]
 
 BackwardMode = Literal["stash", "recompute", "replay"]
-
-
-@dataclass
-class _InFlight:
-    """A batch between its forward and its backward on this stage."""
-
-    batch: int
-    step: Callable[[], Any]
-    parameters: dict[str, Tensor]
-    received: dict[int, Message] = field(default_factory=dict)  # by source stage
-    entries: dict[tuple[int, int], _Arrived] = field(default_factory=dict)  # by source stage and slot
-    exits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by target stage and slot
-
-
-class _StepDone(BaseException):
-    """This stage has nothing more to do in the step: unwinds the user's frames."""
 
 
 class StageRunner:
@@ -82,7 +58,7 @@ class StageRunner:
     ) -> None:
         self.root, self.slots, self.plan, self.stage, self.delay = root, slots, plan, stage, delay
         self.transport, self.mode, self.seed, self.device = transport, mode, seed, device
-        self.in_flight: deque[_InFlight] = deque()
+        self.in_flight: deque[InFlight] = deque()
         self.num_forwards = 0
         self._flushed_at = 0
         self.stop_requested = False
@@ -90,17 +66,17 @@ class StageRunner:
         self.whole = False  # set while all parameters have their values on this process
         self.is_last = stage == plan.num_stages - 1
         self.own = {name: p for name, p in slots.parameters.items() if stage in plan.stage_of(name)}
-        self._ghost_mode = GhostMode()
+        ghosts = GhostMode()
+        self._skips = Skips(root, ghosts)
         self._others = {
-            name: self._ghost_mode.like(p, f"the parameter `{name}` of stage {plan.stage_of(name)[0]}", False, device)
+            name: ghosts.like(p, f"the parameter `{name}` of stage {plan.stage_of(name)[0]}", False, device)
             for name, p in slots.parameters.items()
             if name not in self.own
         }
-        self._wiring = _Wiring(plan, stage)
+        self._wiring = Wiring(plan, stage)
         #: The modules whose calls must come here: not those inside of what this stage runs as a whole.
         self.watched = {path for path, owner in plan.modules.items() if owner != stage or path in plan.visible}
-        self._templates: dict[Any, _Template] = {}
-        self._forward: _Forward | None = None
+        self._forward: Forward | None = None
 
     # ----- the two halves of an iteration
 
@@ -116,8 +92,8 @@ class StageRunner:
             parameters: dict[str, Tensor] = {}
         else:
             parameters = take_snapshot(self.own)
-        record = _InFlight(batch, step, parameters)
-        forward = _Forward(self, record, keeps_inputs=graph_later)
+        record = InFlight(batch, step, parameters)
+        forward = self._forward_of(record, keeps_inputs=graph_later)
         with torch.no_grad() if graph_later else nullcontext():
             result = self._run(forward)
         for source in self._wiring.sources:
@@ -151,7 +127,7 @@ class StageRunner:
         with ExitStack() as stack:
             if self.mode != "stash" and self.delay > 0:
                 stack.enter_context(_buffers_kept(self._own_modules()))
-                forward = _Forward(self, record, keeps_inputs=False)
+                forward = self._forward_of(record, keeps_inputs=False)
                 with torch.enable_grad():
                     self._run(forward)
                 record.received.clear()
@@ -166,7 +142,7 @@ class StageRunner:
             errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
             self.transport.send(ERRORS, source, Message(record.batch, self.stop_requested, errors))
 
-    def _backward_from_errors(self, record: _InFlight) -> None:
+    def _backward_from_errors(self, record: InFlight) -> None:
         roots: list[Tensor] = []
         errors: list[Tensor] = []
         for target, count in self._wiring.targets.items():
@@ -220,13 +196,18 @@ class StageRunner:
             " part of it. Call modules in `training_step` or `validation_step`, or after `trainer.fit`."
         )
 
-    def _run(self, forward: _Forward) -> Any:
+    def _forward_of(self, record: InFlight, keeps_inputs: bool) -> Forward:
+        randomness = StepRandomness(self.seed, record.batch, self.stage, self.device)
+        receive = partial(self.transport.receive, ACTIVATIONS, batch=record.batch)
+        return Forward(self.stage, self.plan, self._wiring, self._skips, randomness, receive, record, keeps_inputs)
+
+    def _run(self, forward: Forward) -> Any:
         record = forward.record
         self._forward = forward
         try:
             with self.slots.holding(self._others | record.parameters), forward.randomness.step():
                 result = record.step()
-        except _StepDone:
+        except StepDone:
             return None
         except GhostRead as read:
             raise GhostError(
@@ -250,191 +231,6 @@ class StageRunner:
     def _own_modules(self) -> list[nn.Module]:
         modules = self.plan.modules
         return [module for path, module in self.root.named_modules() if modules.get(path) == self.stage]
-
-
-class _Forward:
-    """One forward pass of a step on one stage."""
-
-    def __init__(self, runner: StageRunner, record: _InFlight, keeps_inputs: bool) -> None:
-        self.runner, self.record, self.keeps_inputs = runner, record, keeps_inputs
-        self.plan, self.stage = runner.plan, runner.stage
-        self.wiring = runner._wiring
-        self.randomness = StepRandomness(runner.seed, record.batch, runner.stage, runner.device)
-        self.occurrences: Counter[str] = Counter()
-        self.inside = False
-
-    def on_call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.inside:  # of a module that is run, or skipped, as a whole
-            return call(*args, **kwargs)
-        occurrence = self.occurrences[path]
-        self.occurrences[path] += 1
-        self.at(Event(path, occurrence, "arg"), (args, kwargs))
-        owner = self.plan.modules.get(path)
-        if owner is None or owner == self.stage:
-            args, kwargs = map_tensors(_realise, args), map_tensors(_realise, kwargs)
-        if owner is None:
-            out = call(*args, **kwargs)
-        elif owner == self.stage:
-            self.inside = True
-            try:
-                with self.randomness.modules():
-                    out = call(*args, **kwargs)
-            finally:
-                self.inside = False
-            self.check(path, out)
-        else:
-            out = self.skip(call, path, args, kwargs)
-        self.at(Event(path, occurrence, "out"), out)
-        return out
-
-    def at(self, event: Event, nest: Any) -> None:
-        """Bind what arrives at this event, keep what is to be sent, and end the step if nothing is left to do."""
-        wires = self.wiring.events.get(event)
-        if wires is not None:
-            items = leaves(nest)
-            for slot, transfer in wires:
-                item = items[transfer.leaf] if transfer.leaf < len(items) else None
-                if transfer.target == self.stage:
-                    if isinstance(item, Ghost):
-                        item.bind(partial(self.receive, slot, transfer))
-                    continue
-                item = item.received() if isinstance(item, Ghost) and item.bound else item
-                if not isinstance(item, Tensor) or isinstance(item, Ghost):
-                    raise GhostError(
-                        f"Stage {self.stage} should send leaf {transfer.leaf} of `{event.path}` to stage"
-                        f" {transfer.target}, but it is {item!r}. The step ran differently from the first batch, on"
-                        " which the plan was made; make its module calls the same for all batches."
-                    )
-                self.record.exits[transfer.target, slot] = item.clone()  # user code may change the original in place
-        if event == self.wiring.last_event:
-            raise _StepDone
-
-    def receive(self, slot: int, transfer: Transfer) -> Tensor:
-        value = self.message(transfer.source).tensors[slot]
-        if value is None:
-            raise GhostError(
-                f"Stage {transfer.source} did not make the value of `{transfer.event.path}` that stage {self.stage}"
-                " needs. The step ran differently from the first batch, on which the plan was made; make its module"
-                " calls the same for all batches."
-            )
-        if self.keeps_inputs:
-            return value.clone()  # user code may change it in place, and it is needed again
-        if not transfer.requires_grad or not torch.is_grad_enabled():
-            return value
-        arrived = _Arrived(value)
-        self.record.entries[transfer.source, slot] = arrived
-        return _Entry.apply(torch.empty((), requires_grad=True), arrived)  # type: ignore[no-any-return]
-
-    def message(self, source: int) -> Message:
-        received = self.record.received
-        if source not in received:
-            received[source] = self.runner.transport.receive(ACTIVATIONS, source, self.record.batch)
-        return received[source]
-
-    def check(self, path: str, out: Any) -> None:
-        for ghost in tensors_in(out, Ghost):
-            if not ghost.bound:
-                raise GhostError(
-                    f"`{path}` on stage {self.stage} used {ghost.describe()}, which is not here. The step ran"
-                    " differently from the first batch, on which the plan was made: make its module calls the same for"
-                    " all batches, or choose other cuts with `split_at`."
-                )
-
-    def skip(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The outputs of another stage's module, as ghosts; it runs on ghosts once for each kind of input."""
-        runner = self.runner
-        inputs = leaves((args, kwargs))
-        key = (path, torch.is_grad_enabled(), looks_of((args, kwargs)))
-        template = runner._templates.get(key)
-        if template is None:
-            runner._ghost_mode.written_over = {id(buffer) for buffer in runner.root.buffers()}
-            self.inside = True
-            try:
-                out = call(*args, **kwargs)
-            finally:
-                self.inside = False
-                runner._ghost_mode.written_over = set()
-            template = _Template(out, inputs)
-            if template.reusable:
-                runner._templates[key] = template
-        return template.fill(inputs, runner._ghost_mode, f"`{path}` of stage {self.plan.modules[path]}")
-
-
-class _Wiring:
-    """The transfers of a plan as one stage sees them. A slot is a transfer's place in the message of its edge."""
-
-    def __init__(self, plan: Plan, stage: int) -> None:
-        self.events: dict[Event, list[tuple[int, Transfer]]] = {}
-        self.sources = {a: 0 for a, b in plan.edges() if b == stage}
-        self.targets = {b: 0 for a, b in plan.edges() if a == stage}
-        self.last_event = plan.last_events[stage]
-        for transfer in plan.transfers:
-            if stage == transfer.source:
-                counts, peer = self.targets, transfer.target
-            elif stage == transfer.target:
-                counts, peer = self.sources, transfer.source
-            else:
-                continue
-            self.events.setdefault(transfer.event, []).append((counts[peer], transfer))
-            counts[peer] += 1
-
-
-class _Template:
-    """What a skipped module returns: the structure, with ghosts for its tensors and its own arguments where it passes
-    them on.
-    """
-
-    def __init__(self, out: Any, inputs: list[Any]) -> None:
-        self.out = out
-        self.reusable = True
-        places = {id(item): i for i, item in enumerate(inputs) if not isinstance(item, PLAIN)}
-        self.sources: list[int | None] = []
-        for leaf in leaves(out):
-            source = places.get(id(leaf))
-            self.sources.append(source)
-            if source is None and not isinstance(leaf, (Ghost, *PLAIN)):
-                self.reusable = False  # depends on the values of this batch, or has a state of its own
-
-    def fill(self, inputs: list[Any], mode: GhostMode, origin: str) -> Any:
-        sources: Iterator[int | None] = iter(self.sources)
-
-        def one(leaf: Any) -> Any:
-            source = next(sources)
-            if source is not None:
-                return inputs[source]
-            return mode.again(leaf, origin) if isinstance(leaf, Ghost) else leaf
-
-        return map_leaves(one, self.out)
-
-
-class _Arrived:
-    """A received value, and later the error with respect to it."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value: Tensor | None = value
-        self.error: Tensor | None = None
-
-
-class _Entry(torch.autograd.Function):
-    """Where a received value enters the graph: its backward keeps the error. Not a leaf, so it may be changed in
-    place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, arrived: _Arrived) -> Tensor:
-        value, arrived.value = arrived.value, None
-        assert value is not None
-        ctx.arrived = arrived
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *errors: Tensor) -> tuple[None, None]:
-        ctx.arrived.error = errors[0]
-        return None, None
-
-
-def _realise(tensor: Tensor) -> Tensor:
-    return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor
 
 
 @contextmanager

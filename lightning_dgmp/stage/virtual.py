@@ -8,9 +8,12 @@ weights. So one process computes whole gradients as ever and lets those of stage
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+
+from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.schedule import delays_of
 
 __all__ = ["GradientQueues"]
 
@@ -19,14 +22,16 @@ class GradientQueues:
     """One queue of gradients a stage.
 
     Args:
-        stages: The parameters of each stage.
-        delays: The delay of each stage in iterations.
+        parameters: All parameters, by name.
+        plan: The stage of each.
     """
 
-    def __init__(self, stages: Sequence[Sequence[nn.Parameter]], delays: Sequence[int]) -> None:
-        self._stages = [list(parameters) for parameters in stages]
-        self._delays = list(delays)
-        self._waiting: list[deque[list[Tensor | None]]] = [deque() for _ in stages]
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
+        self._delays = delays_of(plan.num_stages)
+        self._stages: list[list[nn.Parameter]] = [[] for _ in self._delays]
+        for name, parameter in parameters.items():
+            self._stages[plan.stage_of(name)[0]].append(parameter)
+        self._waiting: list[deque[list[Tensor | None]]] = [deque() for _ in self._delays]
 
     @property
     def empty(self) -> bool:

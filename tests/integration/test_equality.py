@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "lightning's transformer": (models.DemoTransformer, models.ragged_tokens),
     "two views": (models.Contrastive, models.vectors),
     "custom function": (models.CustomFunction, models.vectors),
+    "a look without a graph": (models.LooksFirst, models.vectors),
     "gpt2": (partial(models.HuggingFace, "gpt2"), models.ragged_tokens),
     "llama": (partial(models.HuggingFace, "llama"), models.ragged_tokens),
     "bert": (partial(models.HuggingFace, "bert"), models.ragged_tokens),

@@ -1,0 +1,66 @@
+"""Nests: the lists, dicts, dataclasses and the like in which calls take and return tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["leaves", "map_leaves", "map_tensors", "tensors_in"]
+
+_LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
+
+
+def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
+    """Rebuild ``obj`` with ``fn`` applied to every leaf.
+
+    Lists, tuples, named tuples, dicts, other mappings, dataclasses and slices are nests; everything else is a leaf.
+    """
+    if isinstance(obj, _LEAVES):
+        return fn(obj)
+    if isinstance(obj, (list, tuple)):
+        items = [map_leaves(fn, item) for item in obj]
+        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+    if type(obj) is dict:
+        return {key: map_leaves(fn, value) for key, value in obj.items()}
+    if isinstance(obj, slice):
+        return slice(*(map_leaves(fn, part) for part in (obj.start, obj.stop, obj.step)))
+    if isinstance(obj, MutableMapping):  # also the outputs of Hugging Face models, which are dataclasses besides
+        mapping = copy.copy(obj)
+        for key, value in obj.items():
+            mapping[key] = map_leaves(fn, value)
+        return mapping
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        copied: Any = copy.copy(obj)
+        for field in dataclasses.fields(obj):
+            object.__setattr__(copied, field.name, map_leaves(fn, getattr(obj, field.name)))
+        return copied
+    return fn(obj)
+
+
+def leaves(obj: Any) -> list[Any]:
+    """All leaves of the nest ``obj``, in the order of :func:`map_leaves`."""
+    if isinstance(obj, _LEAVES):
+        return [obj]
+    if isinstance(obj, (list, tuple)):
+        return [leaf for item in obj for leaf in leaves(item)]
+    if isinstance(obj, MutableMapping):
+        return [leaf for item in obj.values() for leaf in leaves(item)]
+    if isinstance(obj, slice):
+        return leaves((obj.start, obj.stop, obj.step))
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return [leaf for field in dataclasses.fields(obj) for leaf in leaves(getattr(obj, field.name))]
+    return [obj]
+
+
+def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:
+    """Rebuild the nest ``obj`` with ``fn`` applied to every tensor."""
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, obj)
+
+
+def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
+    """The tensors of type ``kind`` in a nest, in order."""
+    return [leaf for leaf in leaves(obj) if isinstance(leaf, kind)]

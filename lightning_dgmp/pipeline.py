@@ -1,0 +1,97 @@
+"""What a process of the pipeline holds: its stage, its channels, its share of the weights and of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_dgmp.calls import ParameterSlots, intercepted_calls
+from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
+from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.stage.runner import BackwardMode, StageRunner
+from lightning_dgmp.transport import connect
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline:
+    """One stage of a replica and all that belongs to it.
+
+    All stages make it together. From then on a process has the values of its own parameters alone.
+
+    Args:
+        module: The LightningModule.
+        optimizers: As the user made them, for all parameters.
+        plan: The plan.
+        group: The processes of the replica, the last stage first.
+        device: Where this stage lives.
+        timeout: How long to wait for a message.
+        over_nccl: Whether tensors go straight from device to device.
+        backward: What to keep of a batch until its backward.
+        seed: Equal on all stages of the replica.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        plan: Plan,
+        group: Any,
+        device: torch.device,
+        timeout: timedelta,
+        over_nccl: bool,
+        backward: BackwardMode,
+        seed: int,
+    ) -> None:
+        ranks = dist.get_process_group_ranks(group)[::-1]
+        stage = ranks.index(dist.get_rank())
+        slots = ParameterSlots(module)
+        self._optimizers = [
+            OptimizerShards(optimizer, slots, plan, stage, group, ranks[-1]) for optimizer in optimizers
+        ]
+        self._transport = connect(stage, ranks, plan.edges(), device, timeout, over_nccl)
+        delay = delays_of(plan.num_stages)[stage]
+        self.runner = StageRunner(module, slots, plan, stage, delay, self._transport, backward, seed, device)
+        self._weights = WeightShards(module, slots, plan, stage, ranks, group)
+        self._weights.disperse()
+        self._interception = ExitStack()
+        self._interception.enter_context(intercepted_calls(module, self.runner.on_call, self.runner.watched))
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Give every process all values meanwhile. Nothing may be in flight, and all stages must enter it."""
+        if self.runner.whole:
+            yield
+            return
+        self._weights.assemble()
+        self.runner.whole = True
+        try:
+            yield
+        finally:
+            self.runner.whole = False
+            self._weights.disperse()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """The state of ``optimizer`` for all parameters, on the last stage; ``None`` if it is not one of ours."""
+        shards = next((s for s in self._optimizers if s.optimizer is optimizer), None)
+        return None if shards is None else shards.state_dict()
+
+    def close(self) -> None:
+        """Give every process all values for good and end the channels. Nothing may be in flight."""
+        if not self.runner.whole:
+            self._weights.assemble()
+            self.runner.whole = True
+        self._transport.close()
+        self._interception.close()
+
+    def abort(self, reason: str) -> None:
+        """Tell the other stages that this one has failed."""
+        self._transport.abort(reason)

@@ -1,0 +1,185 @@
+"""A stage's part of the forward: its own calls run, others are skipped, values arrive and leave."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dgmp.ghost import Ghost, GhostError
+from lightning_dgmp.nests import leaves, map_tensors, tensors_in
+from lightning_dgmp.plan.plan import Event, Plan, Transfer
+from lightning_dgmp.stage.randomness import StepRandomness
+from lightning_dgmp.stage.skip import Skips
+from lightning_dgmp.stage.wiring import Wiring
+from lightning_dgmp.transport import Message
+
+__all__ = ["Forward", "InFlight", "StepDone"]
+
+
+@dataclass
+class InFlight:
+    """A batch between its forward and its backward on this stage."""
+
+    batch: int
+    step: Callable[[], Any]
+    parameters: dict[str, Tensor]
+    received: dict[int, Message] = field(default_factory=dict)  # by source stage
+    entries: dict[tuple[int, int], Arrived] = field(default_factory=dict)  # by source stage and slot
+    exits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by target stage and slot
+
+
+class StepDone(BaseException):
+    """This stage has nothing more to do in the step: unwinds the user's frames."""
+
+
+class Forward:
+    """One forward pass of a step on one stage.
+
+    Args:
+        stage: The stage.
+        plan: Who owns what.
+        wiring: What the stage sends and receives.
+        skips: For the calls of other stages.
+        randomness: Of this batch on this stage.
+        receive: Waits for the activations of this batch from a stage.
+        record: What is kept of the batch.
+        keeps_inputs: Whether the pass is repeated later, so that what has arrived must not change.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        plan: Plan,
+        wiring: Wiring,
+        skips: Skips,
+        randomness: StepRandomness,
+        receive: Callable[[int], Message],
+        record: InFlight,
+        keeps_inputs: bool,
+    ) -> None:
+        self.stage, self.plan, self.wiring, self.skips = stage, plan, wiring, skips
+        self.randomness, self.receive, self.record, self.keeps_inputs = randomness, receive, record, keeps_inputs
+        self.occurrences: Counter[str] = Counter()
+        self.inside = False
+
+    def on_call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.inside:  # of a module that is run, or skipped, as a whole
+            return call(*args, **kwargs)
+        occurrence = self.occurrences[path]
+        self.occurrences[path] += 1
+        self.at(Event(path, occurrence, "arg"), (args, kwargs))
+        owner = self.plan.modules.get(path)
+        if owner is None or owner == self.stage:
+            args, kwargs = map_tensors(_realise, args), map_tensors(_realise, kwargs)
+        if owner is None:
+            out = call(*args, **kwargs)
+        elif owner == self.stage:
+            with self.as_a_whole(), self.randomness.modules():
+                out = call(*args, **kwargs)
+            self.check(path, out)
+        else:
+            with self.as_a_whole():
+                out = self.skips.outputs(call, path, f"`{path}` of stage {owner}", args, kwargs)
+        self.at(Event(path, occurrence, "out"), out)
+        return out
+
+    @contextmanager
+    def as_a_whole(self) -> Iterator[None]:
+        """Let the calls inside of a module pass."""
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+    def at(self, event: Event, nest: Any) -> None:
+        """Bind what arrives at this event, keep what is to be sent, and end the step if nothing is left to do."""
+        wires = self.wiring.events.get(event)
+        if wires is not None:
+            items = leaves(nest)
+            for slot, transfer in wires:
+                item = items[transfer.leaf] if transfer.leaf < len(items) else None
+                if transfer.target == self.stage:
+                    if isinstance(item, Ghost):
+                        item.bind(partial(self.value, slot, transfer))
+                    continue
+                item = item.received() if isinstance(item, Ghost) and item.bound else item
+                if not isinstance(item, Tensor) or isinstance(item, Ghost):
+                    raise GhostError(
+                        f"Stage {self.stage} should send leaf {transfer.leaf} of `{event.path}` to stage"
+                        f" {transfer.target}, but it is {item!r}. The step ran differently from the first batch, on"
+                        " which the plan was made; make its module calls the same for all batches."
+                    )
+                with torch.enable_grad():  # a copy, since user code may change the original in place
+                    self.record.exits[transfer.target, slot] = item.clone()
+        if event == self.wiring.last_event:
+            raise StepDone
+
+    def value(self, slot: int, transfer: Transfer) -> Tensor:
+        value = self.message(transfer.source).tensors[slot]
+        if value is None:
+            raise GhostError(
+                f"Stage {transfer.source} did not make the value of `{transfer.event.path}` that stage {self.stage}"
+                " needs. The step ran differently from the first batch, on which the plan was made; make its module"
+                " calls the same for all batches."
+            )
+        if self.keeps_inputs:
+            return value.clone()  # user code may change it in place, and it is needed again
+        if not transfer.requires_grad:
+            return value
+        arrived = Arrived(value)
+        self.record.entries[transfer.source, slot] = arrived
+        with torch.enable_grad():  # the first touch may be in a `no_grad`, others need not be
+            return _Entry.apply(torch.empty((), requires_grad=True), arrived)
+
+    def message(self, source: int) -> Message:
+        received = self.record.received
+        if source not in received:
+            received[source] = self.receive(source)
+        return received[source]
+
+    def check(self, path: str, out: Any) -> None:
+        for ghost in tensors_in(out, Ghost):
+            if not ghost.bound:
+                raise GhostError(
+                    f"`{path}` on stage {self.stage} used {ghost.describe()}, which is not here. The step ran"
+                    " differently from the first batch, on which the plan was made: make its module calls the same for"
+                    " all batches, or choose other cuts with `split_at`."
+                )
+
+
+class Arrived:
+    """A received value, and later the error with respect to it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value: Tensor | None = value
+        self.error: Tensor | None = None
+
+
+class _Entry(torch.autograd.Function):
+    """Where a received value enters the graph: its backward keeps the error. Not a leaf, so it may be changed in
+    place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, arrived: Arrived) -> Tensor:
+        value, arrived.value = arrived.value, None
+        assert value is not None
+        ctx.arrived = arrived
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Tensor) -> tuple[None, None]:
+        ctx.arrived.error = errors[0]
+        return None, None
+
+
+def _realise(tensor: Tensor) -> Tensor:
+    return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor

@@ -1,0 +1,72 @@
+"""What the modules of other stages return: ghosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, looks_of
+from lightning_dgmp.nests import leaves, map_leaves
+
+__all__ = ["Skips"]
+
+
+class Skips:
+    """Skips calls. A module runs on ghosts once for each kind of input, which is how its outputs are known.
+
+    Args:
+        root: The module whose submodules are skipped.
+        mode: The family of the ghosts.
+    """
+
+    def __init__(self, root: nn.Module, mode: GhostMode) -> None:
+        self._root, self._mode = root, mode
+        self._templates: dict[Any, _Template] = {}
+
+    def outputs(
+        self, call: Callable[..., Any], path: str, origin: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What ``call(*args, **kwargs)`` would return, with ghosts made by ``origin`` for its tensors."""
+        inputs = leaves((args, kwargs))
+        key = (path, torch.is_grad_enabled(), looks_of((args, kwargs)))
+        template = self._templates.get(key)
+        if template is None:
+            self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
+            try:
+                template = _Template(call(*args, **kwargs), inputs)
+            finally:
+                self._mode.written_over = set()
+            if template.reusable:
+                self._templates[key] = template
+        return template.fill(inputs, self._mode, origin)
+
+
+class _Template:
+    """What a skipped module returns: the structure, with ghosts for its tensors and its own arguments where it passes
+    them on.
+    """
+
+    def __init__(self, out: Any, inputs: list[Any]) -> None:
+        self.out = out
+        self.reusable = True
+        places = {id(item): i for i, item in enumerate(inputs) if not isinstance(item, PLAIN)}
+        self.sources: list[int | None] = []
+        for leaf in leaves(out):
+            source = places.get(id(leaf))
+            self.sources.append(source)
+            if source is None and not isinstance(leaf, (Ghost, *PLAIN)):
+                self.reusable = False  # depends on the values of this batch, or has a state of its own
+
+    def fill(self, inputs: list[Any], mode: GhostMode, origin: str) -> Any:
+        sources: Iterator[int | None] = iter(self.sources)
+
+        def one(leaf: Any) -> Any:
+            source = next(sources)
+            if source is not None:
+                return inputs[source]
+            return mode.again(leaf, origin) if isinstance(leaf, Ghost) else leaf
+
+        return map_leaves(one, self.out)
