@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["CallHandler", "ParameterSlots", "intercepted_calls"]
+__all__ = ["CallHandler", "ParameterSlots", "custom_functions", "intercepted_calls"]
 
 #: ``handler(call, module, path, args, kwargs)`` does what a call of ``module`` should do; ``call`` is the original.
 CallHandler = Callable[[Callable[..., Any], nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
@@ -43,6 +44,24 @@ def intercepted_calls(root: nn.Module, handler: CallHandler, paths: Container[st
                 module.__dict__.pop("_compiled_call_impl", None)
             else:
                 module.__dict__["_compiled_call_impl"] = before
+
+
+@contextmanager
+def custom_functions(around: Callable[..., Any]) -> Iterator[None]:
+    """Send every ``torch.autograd.Function.apply`` through ``around(apply, cls, args, kwargs)``.
+
+    It is the one operation that does not ask its arguments what to do: given a ghost it would run on an empty shell.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(partial(original.__func__, cls), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
 
 
 def _through(

@@ -34,7 +34,6 @@ class WeightShards:
         self._ranks, self._group = ranks, group
         self._owners = {name: plan.stage_of(name)[0] for name in slots.parameters}
         self._parameters = slots.parameters
-        self._trainable = {name: p.requires_grad for name, p in slots.parameters.items()}
         self._foreign = {name for name, owner in self._owners.items() if owner != stage}
         self._root, self._modules = root, plan.modules
 
@@ -47,7 +46,7 @@ class WeightShards:
         """Give every process all values. All stages must call it."""
         for name, parameter in self._parameters.items():
             if name in self._foreign:
-                restore_storage(parameter, self._trainable[name])
+                restore_storage(parameter)
             self._broadcast(parameter.data, self._owners[name])
         for path, module in self._root.named_modules():
             if (owner := self._modules.get(path)) is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, callbacks
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS
+
+# `WeightAveraging` is new in Lightning 2.6
+_NAMES = ("StochasticWeightAveraging", "WeightAveraging")
+_AVERAGING = tuple(getattr(callbacks, name) for name in _NAMES if hasattr(callbacks, name))
 
 __all__ = ["check_devices", "check_optimizers", "check_supported"]
 
@@ -62,6 +66,18 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
             f"{strategy} does not support clipping by norm yet, because a stage knows only its own gradients, but"
             f" `gradient_clip_val={trainer.gradient_clip_val}`. Use `gradient_clip_algorithm='value'`."
         )
+    if not virtual and is_overridden("configure_gradient_clipping", module):
+        raise MisconfigurationException(
+            f"{strategy} does not support clipping by the user yet, because a stage knows only its own gradients, but"
+            f" `{type(module).__name__}` overrides `configure_gradient_clipping`. Use `gradient_clip_val` with"
+            " `gradient_clip_algorithm='value'`."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not virtual and isinstance(callback, _AVERAGING):
+            raise MisconfigurationException(
+                f"{strategy} does not support averages of weights yet, because a process holds only those of its stage,"
+                f" but there is a `{type(callback).__name__}`. Remove it."
+            )
     if virtual and backward != "stash":
         raise MisconfigurationException(
             f"`virtual=True` computes whole gradients at once, but `backward={backward!r}`. Use `backward='stash'`."

@@ -21,6 +21,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -59,13 +60,15 @@ class Message(NamedTuple):
     """What one stage tells another about one batch.
 
     ``stop`` asks for, or announces, the end of training; ``flush`` says that there are no activations of this batch
-    because the sender is about to run its outstanding backwards.
+    because the sender is about to run its outstanding backwards; ``differentiable`` says for which tensors the sender
+    wants errors.
     """
 
     batch: int
     stop: bool
     tensors: list[Tensor | None]
     flush: bool = False
+    differentiable: Sequence[bool] = ()
 
 
 class Transport:
@@ -299,8 +302,12 @@ class _Wire:
     def send(self, staged: _Staged) -> None:
         message, event = staged
         description: list[int] = []
-        for tensor in message.tensors:
-            description += [-1] if tensor is None else [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
+        for tensor, wants_error in zip_longest(message.tensors, message.differentiable, fillvalue=False):
+            if isinstance(tensor, Tensor):
+                kind = _DTYPES.index(tensor.dtype) + len(_DTYPES) * bool(wants_error)
+                description += [kind, tensor.dim(), *tensor.shape]
+            else:
+                description.append(-1)
         inline = len(description) <= _HEADER - _FIXED
         flags = message.stop | message.flush << 1
         fixed = [_DATA, message.batch, flags, len(message.tensors), len(description)]
@@ -343,18 +350,23 @@ class _Wire:
             longer = torch.empty(length, dtype=torch.int64)
             dist.recv(longer, self.rank, self.group)
             description = longer.tolist()
-        message = Message(batch, bool(flags & 1), [], bool(flags & 2))
-        event = self._with_stream(lambda: self._receive_tensors(message.tensors, count, description))
+        wants_error: list[bool] = []
+        message = Message(batch, bool(flags & 1), [], bool(flags & 2), wants_error)
+        event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
         return _Arriving(message, event)
 
-    def _receive_tensors(self, tensors: list[Tensor | None], count: int, description: list[int]) -> Any:
+    def _receive_tensors(
+        self, tensors: list[Tensor | None], wants_error: list[bool], count: int, description: list[int]
+    ) -> Any:
         at = 0
         for _ in range(count):
             if description[at] < 0:
                 tensors.append(None)
+                wants_error.append(False)
                 at += 1
                 continue
-            dtype, dim = _DTYPES[description[at]], description[at + 1]
+            wants_error.append(description[at] >= len(_DTYPES))
+            dtype, dim = _DTYPES[description[at] % len(_DTYPES)], description[at + 1]
             shape = description[at + 2 : at + 2 + dim]
             at += 2 + dim
             over_host = self.stream is None or self.pair is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -268,6 +269,57 @@ class LooksFirst(MLP):
                 self.size = x.abs().mean() + layer.weight.mean()
             x = torch.tanh(x)
         return self.out(x)
+
+
+class ReentrantCheckpoint(MLP):
+    """Activation checkpointing whose function runs without a graph first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.inp(x))
+        for i, layer in enumerate(self.hidden):  # what is inside of such a function cannot be at a cut
+            x = layer(x) if i % 2 else torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)
+            x = torch.tanh(x)
+        return self.out(x)
+
+
+class Unfreezes(MLP):
+    """All but the last layer is frozen on the first batches."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inp.requires_grad_(False)
+        self.hidden.requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 5:
+            self.requires_grad_(True)
+
+
+class MovingAverage(Base):
+    """Blocks that normalise by a running mean, updated in the forward, and renew one buffer by assignment."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("last", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+            self.last = 0.5 * self.last + x.detach().mean(0)
+            return torch.tanh(x - self.mean - 0.1 * self.last)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.blocks = nn.ModuleList(self.Layer() for _ in range(6))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(x, y)
 
 
 class HuggingFace(Base):

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_dgmp.calls import ParameterSlots, intercepted_calls
+from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_calls
 from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead
 from lightning_dgmp.nests import leaves, tensors_in
 
-__all__ = ["Appearance", "Call", "Op", "ParameterInfo", "Trace", "Value", "trace_step"]
+__all__ = ["Appearance", "Call", "Op", "ParameterInfo", "Trace", "Value", "attributes_kept", "trace_step"]
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def trace_step(
     Nothing of the run stays behind in the modules' attributes and buffers or in the random number generators.
     """
     tracer = _Tracer(root, device, readers)
+    functions = custom_functions(tracer.on_function)
     with _untouched(root, device), torch.compiler.set_stance("force_eager"):
-        with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call), tracer.custom_functions():
+        with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call), functions:
             try:
                 tracer.trace.returned_none = step() is None
             except GhostRead as read:
@@ -170,33 +171,22 @@ class _Tracer(GhostMode):
         self._note(out, index, "out")
         return out
 
-    @contextmanager
-    def custom_functions(self) -> Iterator[None]:
-        """Look through ``torch.autograd.Function``: its forward runs without a graph, its outputs have one.
+    def on_function(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look through a custom function: its forward runs without a graph, its outputs have one.
 
         What is inside cannot cross a cut, because no error comes back to it.
         """
-        original = torch.autograd.Function.__dict__["apply"]
-
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            self._functions_open += 1
-            try:
-                out = original.__func__(cls, *args, **kwargs)
-            finally:
-                self._functions_open -= 1
-            inputs = tensors_in((args, kwargs))
-            if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-                for ghost in tensors_in(out, Ghost):
-                    ghost.needs_grad = ghost.is_floating_point() or ghost.is_complex()
-                    if ghost.vid >= 0:
-                        self.trace.values[ghost.vid].requires_grad = ghost.needs_grad
-            return out
-
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+        self._functions_open += 1
         try:
-            yield
+            out = apply(*args, **kwargs)
         finally:
-            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+            self._functions_open -= 1
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, kwargs))):
+            for ghost in tensors_in(out, Ghost):
+                ghost.needs_grad = ghost.is_floating_point() or ghost.is_complex()
+                if ghost.vid >= 0:
+                    self.trace.values[ghost.vid].requires_grad = ghost.needs_grad
+        return out
 
     def _note(self, nest: Any, call: int, kind: str) -> None:
         if self._functions_open:
@@ -285,16 +275,24 @@ class _Cost(TorchDispatchMode):
 @contextmanager
 def _untouched(root: nn.Module, device: torch.device) -> Iterator[None]:
     """Put the attributes and buffers of all modules, and the random state, back to what they were."""
-    saved = [_save(module.__dict__) for module in root.modules()]
     python_state = random.getstate()
     numpy_state = _numpy_random().get_state()
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), attributes_kept(root):
             yield
     finally:
         random.setstate(python_state)
         _numpy_random().set_state(numpy_state)
+
+
+@contextmanager
+def attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Put the attributes and buffers of ``root`` and its submodules back to what they were."""
+    saved = [_save(module.__dict__) for module in root.modules()]
+    try:
+        yield
+    finally:
         for restore in saved:
             restore()
 

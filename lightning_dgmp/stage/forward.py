@@ -30,6 +30,7 @@ class InFlight:
     batch: int
     step: Callable[[], Any]
     parameters: dict[str, Tensor]
+    buffers: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # what they were, to run it again
     received: dict[int, Message] = field(default_factory=dict)  # by source stage
     entries: dict[tuple[int, int], Arrived] = field(default_factory=dict)  # by source stage and slot
     exits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by target stage and slot
@@ -90,6 +91,10 @@ class Forward:
         self.at(Event(path, occurrence, "out"), out)
         return out
 
+    def on_function(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give a custom autograd function the values that have arrived."""
+        return apply(*map_tensors(_realise, args), **map_tensors(_realise, kwargs))
+
     @contextmanager
     def as_a_whole(self) -> Iterator[None]:
         """Let the calls inside of a module pass."""
@@ -123,7 +128,8 @@ class Forward:
             raise StepDone
 
     def value(self, slot: int, transfer: Transfer) -> Tensor:
-        value = self.message(transfer.source).tensors[slot]
+        message = self.message(transfer.source)
+        value = message.tensors[slot]
         if value is None:
             raise GhostError(
                 f"Stage {transfer.source} did not make the value of `{transfer.event.path}` that stage {self.stage}"
@@ -132,7 +138,7 @@ class Forward:
             )
         if self.keeps_inputs:
             return value.clone()  # user code may change it in place, and it is needed again
-        if not transfer.requires_grad:
+        if not message.differentiable[slot]:
             return value
         arrived = Arrived(value)
         self.record.entries[transfer.source, slot] = arrived

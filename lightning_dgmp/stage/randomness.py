@@ -1,8 +1,10 @@
 """Random numbers: what the batch alone determines is equal on all stages, what a stage's modules draw is its own.
 
 In every step all stages of a replica start from the same seed, so that masks, noise and timesteps drawn in
-``training_step`` agree. A stage's own modules (dropout) draw from a second state, so that the first stays common.
-Outside of steps nothing changes, and so data loaders on all stages go on alike.
+``training_step`` agree, as long as no random operation on a ghost (dropout as a function, outside of any module) comes
+before them: a stage that does not own the value draws nothing for it. A stage's own modules (dropout) draw from a
+second state, so that the first stays common. Outside of steps nothing changes, and so data loaders on all stages go on
+alike.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.calls import ParameterSlots, custom_functions
 from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
 from lightning_dgmp.nests import map_tensors, tensors_in
 from lightning_dgmp.plan.plan import Plan
@@ -76,6 +76,10 @@ class StageRunner:
         self._wiring = Wiring(plan, stage)
         #: The modules whose calls must come here: not those inside of what this stage runs as a whole.
         self.watched = {path for path, owner in plan.modules.items() if owner != stage or path in plan.visible}
+        # The buffers of what this stage runs, in whole or in part, and of what several stages run.
+        owners = [(plan.modules.get(path), module._buffers) for path, module in root.named_modules() if module._buffers]
+        self._buffers: list[dict[str, Any]] = [entries for owner, entries in owners if owner in (stage, None)]
+        self._shared_buffers: list[dict[str, Any]] = [entries for owner, entries in owners if owner is None]
         self._forward: Forward | None = None
 
     # ----- the two halves of an iteration
@@ -93,6 +97,9 @@ class StageRunner:
         else:
             parameters = take_snapshot(self.own)
         record = InFlight(batch, step, parameters)
+        if graph_later:
+            places = [(entries, name) for entries in self._buffers for name in entries if entries[name] is not None]
+            record.buffers = [(entries, name, entries[name].clone()) for entries, name in places]
         forward = self._forward_of(record, keeps_inputs=graph_later)
         with torch.no_grad() if graph_later else nullcontext():
             result = self._run(forward)
@@ -103,7 +110,10 @@ class StageRunner:
         for target, count in self._wiring.targets.items():
             sent = [record.exits.get((target, slot)) for slot in range(count)]
             tensors = [None if t is None else t.detach() for t in sent]
-            self.transport.send(ACTIVATIONS, target, Message(batch, stop, tensors))
+            # Without a graph yet, what the first batch showed must do.
+            planned = self._wiring.differentiable[target]
+            wants = planned if graph_later else [t is not None and t.requires_grad for t in sent]
+            self.transport.send(ACTIVATIONS, target, Message(batch, stop, tensors, differentiable=wants))
         if graph_later:
             record.exits.clear()
         else:
@@ -126,7 +136,7 @@ class StageRunner:
         record = self.in_flight.popleft()
         with ExitStack() as stack:
             if self.mode != "stash" and self.delay > 0:
-                stack.enter_context(_buffers_kept(self._own_modules()))
+                stack.enter_context(_holding_buffers(record.buffers))
                 forward = self._forward_of(record, keeps_inputs=False)
                 with torch.enable_grad():
                     self._run(forward)
@@ -205,10 +215,13 @@ class StageRunner:
         record = forward.record
         self._forward = forward
         try:
-            with self.slots.holding(self._others | record.parameters), forward.randomness.step():
+            with ExitStack() as stack:
+                stack.enter_context(self.slots.holding(self._others | record.parameters))
+                stack.enter_context(forward.randomness.step())
+                stack.enter_context(custom_functions(forward.on_function))
                 result = record.step()
         except StepDone:
-            return None
+            result = None
         except GhostRead as read:
             raise GhostError(
                 f"User code on stage {self.stage} of {self.plan.num_stages} needs a value that is not here: {read}."
@@ -217,6 +230,7 @@ class StageRunner:
             ) from None
         finally:
             self._forward = None
+        self._check_buffers()
         if not self.is_last:
             return None
         for ghost in tensors_in(result, Ghost):
@@ -228,18 +242,26 @@ class StageRunner:
                 )
         return map_tensors(lambda t: t.received() if isinstance(t, Ghost) else t, result)
 
-    def _own_modules(self) -> list[nn.Module]:
-        modules = self.plan.modules
-        return [module for path, module in self.root.named_modules() if modules.get(path) == self.stage]
+    def _check_buffers(self) -> None:
+        for entries in self._shared_buffers:
+            for name, buffer in entries.items():
+                if isinstance(buffer, Ghost):
+                    entries[name] = None
+                    raise GhostError(
+                        f"The buffer `{name}` was assigned a value that is not on stage {self.stage}:"
+                        f" {buffer.describe()}. A module whose parts are on several stages must not keep such values in"
+                        " a buffer; move it into the module that makes the value."
+                    )
 
 
 @contextmanager
-def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
-    """Undo changes of buffers: a forward that is run again must not count twice (BatchNorm)."""
-    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
+def _holding_buffers(buffers: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    """Put buffers back to what they were, for a forward that runs again: it must read the same and not count twice."""
+    today = [(entries, name, entries[name]) for entries, name, _ in buffers]
+    for entries, name, value in buffers:
+        entries[name] = value
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+        for entries, name, value in today:
+            entries[name] = value

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, looks_of
 from lightning_dgmp.nests import leaves, map_leaves
+from lightning_dgmp.plan.trace import attributes_kept
 
 __all__ = ["Skips"]
 
@@ -36,7 +37,8 @@ class Skips:
         if template is None:
             self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
             try:
-                template = _Template(call(*args, **kwargs), inputs)
+                with attributes_kept(self._root.get_submodule(path)):  # they are the owner's to change
+                    template = _Template(call(*args, **kwargs), inputs)
             finally:
                 self._mode.written_over = set()
             if template.reusable:

@@ -22,14 +22,16 @@ def take_snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def drop_storage(parameter: nn.Parameter) -> None:
-    """Make ``parameter`` a *shadow*: the shape, dtype and device stay, the values go (one element of storage)."""
-    zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-    parameter.data = zero.expand(parameter.shape)
+    """Make ``parameter`` a *shadow*: the shape, dtype and device stay, the values go (one element of storage).
+
+    What reads a shadow gets NaN, which is seen, and not zeros, which are not.
+    """
+    value = float("nan") if parameter.dtype.is_floating_point or parameter.dtype.is_complex else 0
+    nothing = torch.full((), value, dtype=parameter.dtype, device=parameter.device)
+    parameter.data = nothing.expand(parameter.shape)
     parameter.grad = None
-    parameter.requires_grad_(False)
 
 
-def restore_storage(parameter: nn.Parameter, requires_grad: bool) -> None:
+def restore_storage(parameter: nn.Parameter) -> None:
     """Give a shadow storage again; its values are undefined."""
     parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-    parameter.requires_grad_(requires_grad)

@@ -47,6 +47,9 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "two views": (models.Contrastive, models.vectors),
     "custom function": (models.CustomFunction, models.vectors),
     "a look without a graph": (models.LooksFirst, models.vectors),
+    "reentrant checkpoint": (models.ReentrantCheckpoint, models.vectors),
+    "unfrozen later": (models.Unfreezes, models.vectors),
+    "moving average": (models.MovingAverage, models.vectors),
     "gpt2": (partial(models.HuggingFace, "gpt2"), models.ragged_tokens),
     "llama": (partial(models.HuggingFace, "llama"), models.ragged_tokens),
     "bert": (partial(models.HuggingFace, "bert"), models.ragged_tokens),
@@ -137,7 +140,7 @@ def test_processes_equal_virtual_stages_with_any_optimizer(
     assert_equal(processes(pool, name, num_stages, **args), virtual(pool, name, num_stages, **args), tolerance)
 
 
-@pytest.mark.parametrize("name", ["language model", "residual net", "u-net", "two views", "gpt2"])
+@pytest.mark.parametrize("name", ["language model", "residual net", "u-net", "two views", "moving average", "gpt2"])
 def test_recompute_equals_stash(pool: WorkerPool, name: str) -> None:
     assert_equal(processes(pool, name, 3, "recompute"), processes(pool, name, 3, "stash"), SGD)
 

@@ -262,6 +262,43 @@ def test_arguments_of_the_trainer(pool: WorkerPool, arguments: dict[str, Any], t
 # ----- data
 
 
+class ClipsItself(models.MLP):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+
+class KeepsGhosts(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("early", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        self.early = x.detach().mean()
+        return self.out(torch.tanh(self.hidden[1](torch.tanh(self.hidden[0](x)))))
+
+
+def test_clipping_by_the_user(pool: WorkerPool) -> None:
+    results = failures(pool, 2, ClipsItself)
+    assert_all_say(results, "does not support clipping by the user yet", "`ClipsItself` overrides")
+
+
+def fit_with_averages() -> Any:
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    return fit(models.MLP, models.vectors, {"num_stages": 2}, 2, callbacks=[StochasticWeightAveraging(0.1)])
+
+
+def test_averages_of_weights(pool: WorkerPool) -> None:
+    results = pool.try_run(fit_with_averages, 2)
+    assert_all_say(results, "does not support averages of weights yet", "`StochasticWeightAveraging`. Remove it")
+
+
+def test_a_buffer_that_keeps_the_value_of_another_stage(pool: WorkerPool) -> None:
+    results = failures(pool, 3, KeepsGhosts, strategy={"split_at": ["hidden.0", "hidden.1"]})
+    assert_all_say(results, "The buffer `early` was assigned a value that is not on stage")
+
+
 def no_vectors() -> DataLoader:
     return DataLoader(TensorDataset(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long)))
 
