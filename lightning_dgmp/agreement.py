@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lightning_dgmp.nests import tensors_in
 from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan
-from lightning_dgmp.transport import PeerError
+from lightning_dgmp.world import PeerError, World
 
 __all__ = ["agree_on_plan"]
 
 
-def agree_on_plan(make_plan: Callable[[], Plan], batch: Any, group: Any) -> Plan:
+def agree_on_plan(make_plan: Callable[[], Plan], batch: Any, world: World, ranks: Sequence[int]) -> Plan:
     """Make the plan on every process and compare.
 
     Args:
         make_plan: Makes the plan of this process.
         batch: The batch on which it is made.
-        group: The processes of the replica, the last stage first.
+        world: All processes.
+        ranks: The global rank of each stage of the replica.
 
     Raises:
         PeerError: If another process failed, with its traceback. The error of this process is raised as it is.
@@ -41,14 +41,12 @@ def agree_on_plan(make_plan: Callable[[], Plan], batch: Any, group: Any) -> Plan
         _fingerprint(batch),
         None if error is None else "".join(traceback.format_exception(error)),
     )
-    answers: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(answers, mine, group)
+    answers = world.all_gather(mine, "the plan", ranks)
     if error is not None:
         raise error
-    ranks = dist.get_process_group_ranks(group)
-    for delay, (rank, (_, _, failure)) in enumerate(zip(ranks, answers)):
+    for stage, (rank, (_, _, failure)) in enumerate(zip(ranks, answers)):
         if failure is not None:
-            raise PeerError(f"Stage {len(ranks) - 1 - delay} (rank {rank}) failed:\n{failure}")
+            raise PeerError(f"Stage {stage} (rank {rank}) failed:\n{failure}")
     if len({fingerprint for _, fingerprint, _ in answers}) > 1:
         raise PlanError(
             "All stages must see the same batches, but their first batches differ. The data are random or depend on the"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.stage.snapshot import drop_storage, restore_storage
+from lightning_dgmp.world import World
 
 __all__ = ["OptimizerShards", "WeightShards"]
 
@@ -26,12 +27,20 @@ class WeightShards:
         stage: The stage of this process.
         ranks: The global rank of each stage of this replica.
         group: Their process group.
+        world: All processes.
     """
 
     def __init__(
-        self, root: nn.Module, slots: ParameterSlots, plan: Plan, stage: int, ranks: list[int], group: Any
+        self,
+        root: nn.Module,
+        slots: ParameterSlots,
+        plan: Plan,
+        stage: int,
+        ranks: Sequence[int],
+        group: Any,
+        world: World,
     ) -> None:
-        self._ranks, self._group = ranks, group
+        self._ranks, self._group, self._world = ranks, group, world
         self._owners = {name: plan.stage_of(name)[0] for name in slots.parameters}
         self._parameters = slots.parameters
         self._foreign = {name for name, owner in self._owners.items() if owner != stage}
@@ -55,7 +64,8 @@ class WeightShards:
 
     def _broadcast(self, tensor: Tensor, owner: int) -> None:
         dense = tensor.contiguous()
-        dist.broadcast(dense, self._ranks[owner], group=self._group)
+        work = dist.broadcast(dense, self._ranks[owner], group=self._group, async_op=True)
+        self._world.wait(work, "the collecting of weights")
         if dense is not tensor:
             tensor.copy_(dense)
 
@@ -69,14 +79,20 @@ class OptimizerShards:
         slots: The parameters of the module.
         plan: Who owns what.
         stage: The stage of this process.
-        group: The process group of the replica's stages.
-        destination: The global rank that collects the state.
+        ranks: The global rank of each stage of the replica; the last one collects the state.
+        world: All processes.
     """
 
     def __init__(
-        self, optimizer: Optimizer, slots: ParameterSlots, plan: Plan, stage: int, group: Any, destination: int
+        self,
+        optimizer: Optimizer,
+        slots: ParameterSlots,
+        plan: Plan,
+        stage: int,
+        ranks: Sequence[int],
+        world: World,
     ) -> None:
-        self.optimizer, self._group, self._destination = optimizer, group, destination
+        self.optimizer, self._ranks, self._world = optimizer, ranks, world
         self._names: list[list[str]] = []
         self._own: list[str] = []
         for param_group in optimizer.param_groups:
@@ -95,10 +111,8 @@ class OptimizerShards:
         All stages must call it.
         """
         local = self.optimizer.state_dict()
-        mine = {self._own[i]: _to_host(state) for i, state in local["state"].items()}
-        collects = dist.get_rank() == self._destination
-        parts: list[Any] | None = [None] * dist.get_world_size(self._group) if collects else None
-        dist.gather_object(mine, parts, self._destination, self._group)
+        mine = {self._own[i]: state for i, state in local["state"].items()}
+        parts = self._world.gather(mine, "the collecting of the optimizer's state", self._ranks, self._ranks[-1])
         if parts is None:
             return {}
         states = {name: state for part in parts for name, state in part.items()}
@@ -113,7 +127,3 @@ class OptimizerShards:
             "state": {i: states[name] for i, name in enumerate(order) if name in states},
             "param_groups": groups,
         }
-
-
-def _to_host(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.detach().cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}

@@ -129,6 +129,8 @@ class GhostMode:
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
         #: Ids of real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
         self.written_over: set[int] = set()
+        #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
+        self.draws_noise = True
         self._results: dict[Any, Any] = {}
 
     # ----- making ghosts
@@ -184,6 +186,13 @@ class GhostMode:
             subject = args[0] if args else None
         if name in _READS:
             raise GhostRead(inputs[0], name)
+        if func is torch.autograd.grad:
+            raise GhostError(
+                f"`torch.autograd.grad` was called on {inputs[0].describe()}. A step may not differentiate by itself,"
+                " because its graph lies on several stages: return a loss, or use another strategy."
+            )
+        if name in _NOISE and self.draws_noise:  # depends on nothing but the shape, so it is no one's value
+            return func(*map_tensors(_shell, args), **map_tensors(_shell, dict(kwargs)))
 
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
         out = kwargs.get("out")
@@ -277,6 +286,14 @@ def _realise(tensor: Tensor) -> Tensor:
     return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor
 
 
+def _shell(tensor: Tensor) -> Tensor:
+    """A real tensor with the looks of a ghost and undefined values."""
+    if not isinstance(tensor, Ghost):
+        return tensor
+    fake = tensor.fake
+    return torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device)
+
+
 def _set_attribute(ghost: Ghost, attribute: str, value: Any) -> None:
     if attribute == "requires_grad":
         ghost.needs_grad = bool(value)
@@ -347,3 +364,4 @@ _IN_PLACE = frozenset(
     """.split()  # noqa: SIM905
 )
 _CUTS_GRAPH = frozenset(("detach", "detach_"))
+_NOISE = frozenset(("rand_like", "randn_like", "randint_like"))

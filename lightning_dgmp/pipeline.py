@@ -18,6 +18,7 @@ from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.transport import connect
+from lightning_dgmp.world import World
 
 __all__ = ["Pipeline"]
 
@@ -31,7 +32,8 @@ class Pipeline:
         module: The LightningModule.
         optimizers: As the user made them, for all parameters.
         plan: The plan.
-        group: The processes of the replica, the last stage first.
+        group: The process group of the replica.
+        world: All processes.
         device: Where this stage lives.
         timeout: How long to wait for a message.
         over_nccl: Whether tensors go straight from device to device.
@@ -45,6 +47,7 @@ class Pipeline:
         optimizers: Sequence[Optimizer],
         plan: Plan,
         group: Any,
+        world: World,
         device: torch.device,
         timeout: timedelta,
         over_nccl: bool,
@@ -54,13 +57,11 @@ class Pipeline:
         ranks = dist.get_process_group_ranks(group)[::-1]
         stage = ranks.index(dist.get_rank())
         slots = ParameterSlots(module)
-        self._optimizers = [
-            OptimizerShards(optimizer, slots, plan, stage, group, ranks[-1]) for optimizer in optimizers
-        ]
+        self._optimizers = [OptimizerShards(optimizer, slots, plan, stage, ranks, world) for optimizer in optimizers]
         self._transport = connect(stage, ranks, plan.edges(), device, timeout, over_nccl)
         delay = delays_of(plan.num_stages)[stage]
         self.runner = StageRunner(module, slots, plan, stage, delay, self._transport, backward, seed, device)
-        self._weights = WeightShards(module, slots, plan, stage, ranks, group)
+        self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
         self._interception = ExitStack()
         self._interception.enter_context(intercepted_calls(module, self.runner.on_call, self.runner.watched))

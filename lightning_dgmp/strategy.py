@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch import Trainer
@@ -33,11 +32,12 @@ from lightning_dgmp.metrics import keep_metrics_local, logging_nothing, logging_
 from lightning_dgmp.pipeline import Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
+from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.randomness import RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
 from lightning_dgmp.support import check_devices, check_optimizers, check_supported
-from lightning_dgmp.transport import PeerError
+from lightning_dgmp.world import PeerError, World
 
 __all__ = ["DelayedMPStrategy"]
 
@@ -87,6 +87,7 @@ class DelayedMPStrategy(DDPStrategy):
         self._backward: BackwardMode = backward
         self._virtual = virtual
         self._device_mesh: DeviceMesh | None = None
+        self._world: World | None = None
         self._reset_pipeline()
 
     def _reset_pipeline(self) -> None:
@@ -148,6 +149,11 @@ class DelayedMPStrategy(DDPStrategy):
         return {"num_replicas": self.data_parallel_size, "rank": self.replica}
 
     @property
+    def _stage_ranks(self) -> list[int]:
+        """The global rank of each stage of this replica."""
+        return [self.replica * self.num_stages + delay for delay in delays_of(self.num_stages)]
+
+    @property
     def _is_pipeline(self) -> bool:
         return self.num_stages > 1 and not self._virtual
 
@@ -165,6 +171,9 @@ class DelayedMPStrategy(DDPStrategy):
         self._device_mesh = init_device_mesh(
             self.root_device.type, (self.world_size // width, width), mesh_dim_names=("replica", "stage")
         )
+        if self._is_pipeline:
+            assert self.cluster_environment is not None
+            self._world = World(self.cluster_environment.main_address, self._timeout or default_pg_timeout)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -204,10 +213,7 @@ class DelayedMPStrategy(DDPStrategy):
 
     def _share_randomness(self) -> None:
         """Put all stages of a replica in the random state of its last one, so that their loaders do the same."""
-        shared = [(RandomState.current(_HOST), torch.initial_seed())]
-        if self._is_pipeline:
-            dist.broadcast_object_list(shared, self.replica * self.num_stages, self.device_mesh.get_group("stage"))
-        state, self._seed = shared[0]
+        state, self._seed = self.broadcast((RandomState.current(_HOST), torch.initial_seed()))
         state.apply(_HOST)
 
     def align_randomness(self, epoch: int) -> None:
@@ -227,12 +233,12 @@ class DelayedMPStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         make_plan = partial(self._make_plan, batch, batch_idx)
-        if self._virtual:
+        if self._world is None:
             self._plan = make_plan()
         else:
-            self._plan = agree_on_plan(make_plan, batch, self.device_mesh.get_group("stage"))
+            self._plan = agree_on_plan(make_plan, batch, self._world, self._stage_ranks)
         rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
-        if self._virtual:
+        if self._world is None:
             self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan)
             return
         self._pipeline = Pipeline(
@@ -240,6 +246,7 @@ class DelayedMPStrategy(DDPStrategy):
             self.optimizers,
             self._plan,
             self.device_mesh.get_group("stage"),
+            self._world,
             self.root_device,
             timeout=self._timeout or default_pg_timeout,
             over_nccl=self._get_process_group_backend() == "nccl",
@@ -386,10 +393,23 @@ class DelayedMPStrategy(DDPStrategy):
         return super().all_gather(tensor, group or self._replica_group(), sync_grads)
 
     @override
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if self._world is None:
+            return super().barrier(name, *args, **kwargs)
+        self._world.all_gather(None, f"the barrier {name!r}" if name else "a barrier")
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._world is None:
+            return super().broadcast(obj, src)
+        return self._world.all_gather(obj if self.global_rank == src else None, f"a broadcast of rank {src}")[src]
+
+    @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = torch.tensor(int(decision), device=self.root_device)
-        votes = super().reduce(votes, dist.group.WORLD, "sum")
-        return bool(votes == self.world_size) if all else bool(votes)
+        if self._world is None:
+            return super().reduce_boolean_decision(decision, all)
+        votes = self._world.all_gather(bool(decision), "a decision")
+        return min(votes) if all else max(votes)
 
     def _replica_group(self) -> Any:
         return self.device_mesh.get_group("replica") if self._is_pipeline else None
@@ -415,13 +435,23 @@ class DelayedMPStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if self._world is None:
+            return
+        if isinstance(exception, PeerError):
+            reason = str(exception)
+        else:
+            trace = "".join(traceback.format_exception(exception))
+            reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
         if self._pipeline is not None:
-            if isinstance(exception, PeerError):
-                reason = str(exception)
-            else:
-                trace = "".join(traceback.format_exception(exception))
-                reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
             self._pipeline.abort(reason)
+        self._world.fail(reason)
+
+    @override
+    def teardown(self) -> None:
+        if self._world is not None:
+            self._world.leave()
+            self._world = None
+        super().teardown()
 
     @classmethod
     @override

@@ -282,6 +282,35 @@ class ReentrantCheckpoint(MLP):
         return self.out(x)
 
 
+class Checkpointed(MLP):
+    """Activation checkpointing of a function of several layers, after which further layers come."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def first_half(x: Tensor) -> Tensor:
+            x = torch.tanh(self.inp(x))
+            for layer in self.hidden[:2]:
+                x = torch.tanh(layer(x))
+            return x
+
+        x = torch.utils.checkpoint.checkpoint(first_half, x, use_reentrant=False)
+        for layer in self.hidden[2:]:
+            x = torch.tanh(layer(x))
+        return self.out(x)
+
+
+class Penalised(MLP):
+    """Terms of the loss that are made of early results by operations outside of any module."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        h = self.inp(x)
+        penalty = h.square().mean() * 0.1
+        for layer in self.hidden:
+            h = layer(torch.tanh(h))
+            penalty = penalty + 0.1 * h.abs().mean()
+        return F.cross_entropy(self.out(h), y) + penalty
+
+
 class Unfreezes(MLP):
     """All but the last layer is frozen on the first batches."""
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Message, Peer, PeerError, Transport
+from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Peer, Transport
+from lightning_dgmp.wire import Message
+from lightning_dgmp.world import PeerError
 from tests.pool import WorkerPool
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from lightning_dgmp.plan.crossing import values_to_send
 from lightning_dgmp.plan.trace import Trace
 
 __all__ = ["Cuts", "PlanError", "Unit", "choose_cuts", "stage_cost"]
@@ -61,6 +62,7 @@ class Cuts:
         self.nbytes = [0] * (len(self.units) + 1)
         if self.units:
             self._measure_heights()
+            self._forbid_cuts_in_checkpoints()
             self._measure_crossings()
             for name, parameter in trace.parameters.items():
                 if parameter.requires_grad and name in self.unit_of:
@@ -106,31 +108,42 @@ class Cuts:
         )
 
     def _measure_crossings(self) -> None:
-        trace = self.trace
+        trace, heights = self.trace, self.value_heights
         spans = [self.call_span(call) for call in range(len(trace.calls))]
-        uses: list[list[tuple[int, int]]] = [[] for _ in trace.values]  # (time, height) of each use
-        for op, height in zip(trace.ops, self.op_heights):
+        first_use: list[dict[int, float]] = [{} for _ in range(len(self.units))]  # at each cut: value -> time
+        for op, op_height in zip(trace.ops, self.op_heights):
             for v in op.inputs:
-                uses[v].append((op.time, height))
-        alive = set(trace.alive)
-        for v, value in enumerate(trace.values):
-            low = self.value_heights[v]
-            high = max((height for _, height in uses[v]), default=low)
-            for cut in range(low + 1, (len(self.units) - 1 if v in alive else high) + 1):
-                self.nbytes[cut] += value.nbytes
+                for cut in range(heights[v] + 1, op_height + 1):
+                    first_use[cut].setdefault(v, op.time)
+        for cut in range(1, len(self.units)):
+            crossing = values_to_send(
+                trace,
+                first_use[cut],
+                lambda v, cut=cut: heights[v] < cut,  # type: ignore[misc]
+                lambda call, cut=cut: _straddles(spans, call, cut),  # type: ignore[misc]
+                {v: math.inf for v in trace.alive if heights[v] < cut},
+            )
+            self.nbytes[cut] = sum(trace.values[v].nbytes for v in crossing.appearances)
+            if crossing.obstacle is not None:
+                maker = trace.ops[trace.values[crossing.obstacle].op]
+                where = trace.calls[maker.call].path if maker.call >= 0 else ""
+                self.obstacles.setdefault(
+                    cut,
+                    f"a result of `{maker.name}` in `{where or 'the step'}` would cross it, which is neither an"
+                    " argument nor an output of a module call there",
+                )
+
+    def _forbid_cuts_in_checkpoints(self) -> None:
+        spans: dict[int, tuple[int, int]] = {}
+        for op, height in zip(self.trace.ops, self.op_heights):
+            if op.checkpoint is not None:
+                low, high = spans.get(op.checkpoint, (height, height))
+                spans[op.checkpoint] = min(low, height), max(high, height)
+        for low, high in spans.values():
             for cut in range(low + 1, high + 1):
-                if cut in self.obstacles:
-                    continue
-                first_use = min(time for time, height in uses[v] if height >= cut)
-                if not any(
-                    a.time < first_use and _straddles(spans, trace.calls[a.call].parent, cut) for a in value.appearances
-                ):
-                    maker = trace.ops[value.op]
-                    where = trace.calls[maker.call].path if maker.call >= 0 else ""
-                    self.obstacles[cut] = (
-                        f"a result of `{maker.name}` in `{where or 'the step'}` would cross it, which is neither an"
-                        " argument nor an output of a module call there"
-                    )
+                self.obstacles.setdefault(
+                    cut, "it lies in a function of `torch.utils.checkpoint`, which runs again as a whole"
+                )
 
 
 def stage_cost(cuts: Cuts, start: int, end: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
+from lightning_dgmp.plan.crossing import values_to_send
 from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts
 from lightning_dgmp.plan.trace import Trace
 
@@ -68,7 +70,6 @@ class Plan:
         transfers: list[Transfer],
         last_events: list[Event | None],
         stages: list[StageSummary],
-        stopped: str | None = None,
     ) -> None:
         self.num_stages = len(stages)
         self.modules = modules
@@ -76,7 +77,6 @@ class Plan:
         self.transfers = transfers
         self.last_events = last_events
         self.stages = stages
-        self.stopped = stopped
         self._parameters = parameters
 
     def stage_of(self, parameter_name: str) -> tuple[int, ...]:
@@ -97,7 +97,8 @@ class Plan:
 
     def digest(self) -> str:
         """A fingerprint, to check that all ranks made the same plan."""
-        content = repr((sorted(self._parameters.items()), sorted(self.modules.items(), key=str), self.transfers))
+        owners = sorted(self._parameters.items()), sorted(self.modules.items(), key=str)
+        content = repr((owners, sorted(self.visible), self.transfers, self.last_events))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def table(self) -> str:
@@ -202,7 +203,7 @@ def _lay_out(trace: Trace, cuts: Cuts, root: nn.Module, positions: list[int]) ->
 
     modules = _module_stages(trace, root, op_stages, parameters)
     visible = _visible_calls(trace, modules)
-    transfers, times = _transfers(trace, op_stages, value_stages, visible)
+    transfers, times = _transfers(trace, op_stages, value_stages, visible, modules)
 
     # A stage is done after its last own call and the last value that it sends.
     latest: list[tuple[int, Event | None]] = [(-1, None)] * num_stages
@@ -228,7 +229,7 @@ def _lay_out(trace: Trace, cuts: Cuts, root: nn.Module, positions: list[int]) ->
             )
         )
     paths = {trace.calls[i].path for i in visible}
-    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.stopped)
+    return Plan(parameters, modules, paths, transfers, last_events, summaries)
 
 
 def _module_stages(
@@ -255,32 +256,36 @@ def _visible_calls(trace: Trace, modules: dict[str, int | None]) -> set[int]:
 
 
 def _transfers(
-    trace: Trace, op_stages: list[int], value_stages: list[int], visible: set[int]
+    trace: Trace, op_stages: list[int], value_stages: list[int], visible: set[int], modules: dict[str, int | None]
 ) -> tuple[list[Transfer], list[int]]:
-    first_use: dict[tuple[int, int], float] = {}  # (value, stage) -> time
+    first_use: dict[int, dict[int, float]] = {}  # stage -> value -> time
     for op, op_stage in zip(trace.ops, op_stages):
         for v in op.inputs:
             if op_stage > value_stages[v]:
-                first_use.setdefault((v, op_stage), op.time)
-    required = set(first_use)
+                first_use.setdefault(op_stage, {}).setdefault(v, op.time)
     last = max(op_stages)
-    for v in trace.alive:
-        if value_stages[v] < last:
-            first_use.setdefault((v, last), float("inf"))
+    first_use.setdefault(last, {})
     found: list[tuple[int, Transfer]] = []
-    for (v, target), time in first_use.items():
-        value = trace.values[v]
-        seen = next((a for a in value.appearances if a.time < time and a.call in visible), None)
-        if seen is not None:
-            call = trace.calls[seen.call]
+    for target, uses in first_use.items():
+        appearances, obstacle = values_to_send(
+            trace,
+            uses,
+            lambda v, target=target: value_stages[v] != target,  # type: ignore[misc]
+            lambda call: call < 0 or (call in visible and modules[trace.calls[call].path] is None),
+            {v: math.inf for v in trace.alive if value_stages[v] < last} if target == last else {},
+        )
+        if obstacle is not None:
+            value = trace.values[obstacle]
+            raise PlanError(
+                f"A result of `{trace.ops[value.op].name}` would have to travel from stage {value_stages[obstacle]} to"
+                f" stage {target} without being an argument or an output of a module call. Choose other cuts with"
+                " `split_at`."
+            )
+        for v, seen in appearances.items():
+            call, value = trace.calls[seen.call], trace.values[v]
             event = Event(call.path, call.occurrence, seen.kind)
             transfer = Transfer(value_stages[v], target, event, seen.leaf, value.nbytes, value.requires_grad)
             found.append((seen.time, transfer))
-        elif (v, target) in required:
-            raise PlanError(
-                f"A result of `{trace.ops[value.op].name}` would have to travel from stage {value_stages[v]} to stage"
-                f" {target} without being an argument or an output of a module call. Choose other cuts with `split_at`."
-            )
     found.sort(key=lambda item: (item[0], item[1].target))
     return [transfer for _, transfer in found], [time for time, _ in found]
 

@@ -7,15 +7,18 @@ on the batch alone stays real, is computed by every stage for itself, and does n
 from __future__ import annotations
 
 import random
+import sys
 import traceback
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -59,13 +62,19 @@ class Value:
 
 @dataclass
 class Op:
-    """An operation on values. ``call`` is the innermost module call that it happens in, -1 outside of all."""
+    """An operation on values.
+
+    ``call`` is the innermost module call that it happens in, -1 outside of all; ``checkpoint`` numbers the function of
+    :func:`torch.utils.checkpoint.checkpoint` that it happens in.
+    """
 
     time: int
     name: str
     call: int
     inputs: tuple[int, ...]
     parameters: tuple[str, ...]
+    checkpoint: int | None = None
+    in_place: bool = False
     flops: int = 0
     nbytes: int = 0
     outputs: list[int] = field(default_factory=list)
@@ -151,6 +160,7 @@ class _Tracer(GhostMode):
         self._time = self._functions_open = 0
         self._cost = _Cost()
         self._values: list[weakref.ref[Ghost]] = []
+        self._checkpoints = _Checkpoints()
 
     # ----- calls
 
@@ -214,6 +224,7 @@ class _Tracer(GhostMode):
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         op = self._record(name, inputs)
+        op.in_place = changed is not None
         op.flops, op.nbytes = self._cost.flops, self._cost.nbytes
         for ghost in outputs:
             if id(ghost) in self._name_of:
@@ -232,6 +243,7 @@ class _Tracer(GhostMode):
             self._open[-1] if self._open else -1,
             tuple(dict.fromkeys(g.vid for g in inputs if id(g) not in self._name_of)),
             tuple(dict.fromkeys(self._name_of[id(g)] for g in inputs if id(g) in self._name_of)),
+            self._checkpoints.current(),
         )
         self.trace.ops.append(op)
         for call in self._open:
@@ -246,6 +258,7 @@ class _Tracer(GhostMode):
         )
         self.trace.stopped = f"{read}{where}"
         self._open.clear()
+        self._checkpoints.forget()
         self._record("read", [read.ghost])
         self.trace.alive = sorted({g.vid for ref in self._values if (g := ref()) is not None})
         for call in self.trace.calls:
@@ -254,6 +267,33 @@ class _Tracer(GhostMode):
 
 def _is_user(frame: traceback.FrameSummary) -> bool:
     return not any(part in frame.filename for part in ("/lightning_dgmp/", "/torch/", "<frozen"))
+
+
+class _Checkpoints:
+    """Numbers the functions of activation checkpointing, which leave no other trace than their frames."""
+
+    def __init__(self) -> None:
+        self._frame: FrameType | None = None  # held, so that no later frame has its place
+        self._count = -1
+
+    def current(self) -> int | None:
+        """The number of the outermost one that is running."""
+        frame: FrameType | None = sys._getframe(1)
+        outermost = None
+        while frame is not None:
+            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+                outermost = frame
+            frame = frame.f_back
+        if outermost is None:
+            self.forget()
+            return None
+        if outermost is not self._frame:
+            self._frame = outermost
+            self._count += 1
+        return self._count
+
+    def forget(self) -> None:
+        self._frame = None
 
 
 class _Cost(TorchDispatchMode):

@@ -18,7 +18,7 @@ from lightning_dgmp.plan.plan import Event, Plan, Transfer
 from lightning_dgmp.stage.randomness import StepRandomness
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.wiring import Wiring
-from lightning_dgmp.transport import Message
+from lightning_dgmp.wire import Message
 
 __all__ = ["Forward", "InFlight", "StepDone"]
 
@@ -75,6 +75,7 @@ class Forward:
             return call(*args, **kwargs)
         occurrence = self.occurrences[path]
         self.occurrences[path] += 1
+        self.randomness.align()
         self.at(Event(path, occurrence, "arg"), (args, kwargs))
         owner = self.plan.modules.get(path)
         if owner is None or owner == self.stage:

@@ -1,10 +1,10 @@
 """Random numbers: what the batch alone determines is equal on all stages, what a stage's modules draw is its own.
 
-In every step all stages of a replica start from the same seed, so that masks, noise and timesteps drawn in
-``training_step`` agree, as long as no random operation on a ghost (dropout as a function, outside of any module) comes
-before them: a stage that does not own the value draws nothing for it. A stage's own modules (dropout) draw from a
-second state, so that the first stays common. Outside of steps nothing changes, and so data loaders on all stages go on
-alike.
+In every step, and again at every module call that all stages see, the stages of a replica start from the same seed, so
+that masks, noise and timesteps drawn in ``training_step`` agree. (A random operation on a ghost, such as dropout as a
+function outside of any module, draws nothing on the stages that do not own the value; what they draw after it agrees
+again from the next call on.) A stage's own modules draw from a second state, so that the first stays common. Outside of
+steps nothing changes.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class StepRandomness:
     def __init__(self, seed: int, batch: int, stage: int, device: torch.device) -> None:
         self.device = device
         self._common, self._own = mix_seed(seed, batch, 0), mix_seed(seed, batch, stage + 1)
+        self._num_calls = 0
         self._own_state: torch.Tensor | None = None
         self._own_device_state: torch.Tensor | None = None
 
@@ -77,6 +78,11 @@ class StepRandomness:
             torch.set_rng_state(host)
             if on_device is not None:
                 torch.cuda.set_rng_state(on_device, self.device)
+
+    def align(self) -> None:
+        """Begin anew in a state that is common to all stages."""
+        self._num_calls += 1
+        _seed_torch(mix_seed(self._common, self._num_calls, 0), self.device)
 
     @contextmanager
     def modules(self) -> Iterator[None]:

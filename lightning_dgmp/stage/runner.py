@@ -20,7 +20,8 @@ from lightning_dgmp.stage.randomness import StepRandomness
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
-from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Message, Transport
+from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Transport
+from lightning_dgmp.wire import Message
 
 __all__ = ["BackwardMode", "StageRunner"]
 

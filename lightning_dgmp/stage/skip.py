@@ -36,11 +36,12 @@ class Skips:
         template = self._templates.get(key)
         if template is None:
             self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
+            self._mode.draws_noise = False  # what happens inside of the module is its owner's
             try:
                 with attributes_kept(self._root.get_submodule(path)):  # they are the owner's to change
                     template = _Template(call(*args, **kwargs), inputs)
             finally:
-                self._mode.written_over = set()
+                self._mode.written_over, self._mode.draws_noise = set(), True
             if template.reusable:
                 self._templates[key] = template
         return template.fill(inputs, self._mode, origin)

@@ -48,6 +48,8 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "custom function": (models.CustomFunction, models.vectors),
     "a look without a graph": (models.LooksFirst, models.vectors),
     "reentrant checkpoint": (models.ReentrantCheckpoint, models.vectors),
+    "checkpoint": (partial(models.Checkpointed, depth=6), models.vectors),
+    "penalties": (models.Penalised, models.vectors),
     "unfrozen later": (models.Unfreezes, models.vectors),
     "moving average": (models.MovingAverage, models.vectors),
     "gpt2": (partial(models.HuggingFace, "gpt2"), models.ragged_tokens),

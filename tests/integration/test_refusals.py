@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -193,6 +194,14 @@ class BranchesEarly(models.MLP):
         return F.cross_entropy(self.out(torch.tanh(self.hidden[0](x))), y)
 
 
+class DifferentiatesItself(models.MLP):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        h = self.inp(x)
+        (gradient,) = torch.autograd.grad(h.sum(), h, create_graph=True)
+        return F.cross_entropy(self.out(h), y) + gradient.square().mean()
+
+
 class DependsOnRank(models.MLP):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -227,6 +236,7 @@ class Explodes(models.MLP):
         (ReturnsNone, ["`training_step` must return a loss on every batch, but it returned None"]),
         (SometimesNone, ["`training_step` must return a loss on every batch, but it returned None"]),
         (BranchesEarly, ["can be cut in 0 places", "The step could be read only up to a point: `__bool__` reads"]),
+        (DifferentiatesItself, ["`torch.autograd.grad` was called on", "made by inp", "return a loss"]),
         (DependsOnRank, ["must make the same plan, but they disagree", "independent of the rank"]),
     ],
 )
@@ -356,3 +366,30 @@ def test_an_error_on_one_stage_ends_all_with_its_traceback(pool: WorkerPool, lay
 def test_an_error_in_the_trace_ends_all(pool: WorkerPool) -> None:
     results = failures(pool, 2, Explodes, module_args={"layer": "out", "at": 1})
     assert_all_say(results, "the user's own error")
+
+
+class FailsInAHook(models.ValidatedMLP):
+    """One rank has an error where others may be waiting for it, outside of training steps."""
+
+    def __init__(self, hook: str, rank: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        original = getattr(self, hook)
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            if self.trainer.global_rank == rank:
+                raise ZeroDivisionError("the user's own error")
+            return original(*args, **kwargs)
+
+        setattr(self, hook, failing)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "hook", ["setup", "configure_optimizers", "on_train_start", "validation_step", "on_train_epoch_end"]
+)
+def test_an_error_outside_of_training_steps_ends_all(pool: WorkerPool, hook: str, rank: int) -> None:
+    begin = time.monotonic()
+    results = failures(pool, 3, FailsInAHook, module_args={"hook": hook, "rank": rank}, make_val_loader=models.vectors)
+    assert results.pop(rank).type == "ZeroDivisionError"
+    assert_all_say(results, rf"\(rank {rank}\) failed", "in failing", "ZeroDivisionError: the user's own error")
+    assert time.monotonic() - begin < 60

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_dgmp import DelayedMPStrategy
+from lightning_dgmp.schedule import delayed_schedule, delays_of
+from lightning_dgmp.stage.runner import StageRunner
 from tests import models
 from tests.pool import Failure, WorkerPool
 from tests.training import assert_equal, fit
@@ -152,3 +155,60 @@ def test_noise_drawn_in_the_step_agrees_on_all_stages(pool: WorkerPool) -> None:
         outcome = pool.run(fit, num_stages, Shuffled, models.vectors, {"num_stages": num_stages}, num_stages)[0]
         losses.append(next(row["loss"] for _, row in outcome.rows if "loss" in row))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def fit_noting_the_schedule(num_stages: int, num_batches: int) -> Any:
+    """What this stage did: the number of each batch that went forward or back, in order."""
+    notes: list[str] = []
+    forward, backward = StageRunner.forward, StageRunner.backward
+
+    def noting_forward(self: StageRunner, *args: Any) -> Any:
+        notes.append(f"F{self.num_forwards}")
+        return forward(self, *args)
+
+    def noting_backward(self: StageRunner, *args: Any) -> Any:
+        notes.append(f"B{self.in_flight[0].batch}")
+        return backward(self, *args)
+
+    with patch.object(StageRunner, "forward", noting_forward), patch.object(StageRunner, "backward", noting_backward):
+        fit(models.MLP, models.vectors, {"num_stages": num_stages}, num_stages, limit_train_batches=num_batches)
+    return notes
+
+
+def test_stages_follow_the_schedule(pool: WorkerPool) -> None:
+    notes = pool.run(fit_noting_the_schedule, 3, 3, 7)
+    for done, planned in zip(reversed(notes), delayed_schedule(delays_of(3), 7)):
+        assert " ".join(done) == " ".join(map(str, planned))
+
+
+class Noisy(models.MLP):
+    """Noise for a value of the first stage, after a random operation on it; every stage keeps what it drew."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        h = self.inp(x)
+        h = nn.functional.dropout(h + 0.1 * torch.randn_like(h), 0.5)
+        h = self.hidden[0](h)
+        noise = torch.rand(4)
+        self.drawn = [*getattr(self, "drawn", []), noise]
+        for layer in self.hidden[1:]:
+            h = layer(torch.tanh(h))
+        return nn.functional.cross_entropy(self.out(h) + noise, y)
+
+
+def fit_keeping_what_was_drawn(num_stages: int) -> Any:
+    kept: list[Noisy] = []
+
+    def make() -> Noisy:
+        kept.append(Noisy())
+        return kept[0]
+
+    fit(make, models.vectors, {"num_stages": num_stages}, num_stages)
+    return getattr(kept[0], "drawn", None)
+
+
+def test_random_numbers_drawn_in_a_step_agree(pool: WorkerPool) -> None:
+    last, middle, first = pool.run(fit_keeping_what_was_drawn, 3, 3)
+    assert first is None  # it had nothing to do any more
+    assert len(torch.stack(last).unique()) == 34 * 4
+    torch.testing.assert_close(middle, last, rtol=0, atol=0)

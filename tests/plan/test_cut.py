@@ -81,7 +81,7 @@ def test_no_cut_through_a_value_that_nobody_can_name() -> None:
 
     cuts = cuts_of(Opaque(), (torch.randn(4),))
     assert cuts.possible == []
-    with pytest.raises(PlanError, match="a result of `add` in `the step` would cross it"):
+    with pytest.raises(PlanError, match="a result of `mul` in `the step` would cross it"):
         choose_cuts(cuts, 2)
 
 

@@ -1,0 +1,70 @@
+"""What must travel to a stage so that it can do its part.
+
+A value travels if all stages can point at it: if it is an argument or an output of a module call that all of them see.
+If it is not, the operation that made it is repeated where the value is needed, and what that operation takes travels
+instead; at runtime nothing needs to be done for that, because an operation on values that have arrived computes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from lightning_dgmp.plan.trace import Appearance, Trace
+
+__all__ = ["Crossing", "values_to_send"]
+
+
+class Crossing(NamedTuple):
+    """What travels, by value, and the first value that would have to and cannot."""
+
+    appearances: dict[int, Appearance]
+    obstacle: int | None
+
+
+def values_to_send(
+    trace: Trace,
+    first_use: Mapping[int, float],
+    is_elsewhere: Callable[[int], bool],
+    is_entered: Callable[[int], bool],
+    optional: Mapping[int, float] = {},
+) -> Crossing:
+    """Find what must travel to a stage.
+
+    Args:
+        trace: What the step runs.
+        first_use: The values of other stages that the stage uses, and when.
+        is_elsewhere: Whether a value is made on another stage.
+        is_entered: Whether all stages run the inside of a module call; -1 is the step itself.
+        optional: Values that the stage may use, and when; those that cannot travel are left out.
+    """
+    appearances: dict[int, Appearance] = {}
+    obstacle: int | None = None
+    for required, uses in ((True, first_use), (False, optional)):
+        needed = dict(uses)
+        # Operations take older values: from the youngest to the oldest, each is looked at when all its uses are known.
+        queue = [-v for v in needed]
+        heapq.heapify(queue)
+        while queue:
+            v = -heapq.heappop(queue)
+            value = trace.values[v]
+            if v in appearances and appearances[v].time < needed[v]:
+                continue
+            seen = next(
+                (a for a in value.appearances if a.time < needed[v] and is_entered(trace.calls[a.call].parent)), None
+            )
+            if seen is not None:
+                appearances[v] = seen
+                continue
+            op = trace.ops[value.op]
+            if op.parameters or op.in_place or not is_entered(op.call):
+                if required:
+                    obstacle = v if obstacle is None else obstacle
+                continue
+            for u in op.inputs:
+                if is_elsewhere(u):
+                    if u not in needed:
+                        heapq.heappush(queue, -u)
+                    needed[u] = min(needed.get(u, float("inf")), op.time)
+    return Crossing(appearances, obstacle)

@@ -1,0 +1,187 @@
+"""How a message becomes calls of torch.distributed; the only place that knows gloo from NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Wire"]
+
+_DATA, CLOSE, ABORT = range(3)
+_HEADER = 64  # integers; longer descriptions follow in a message of their own
+_FIXED = 5
+_DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.complex64, torch.complex128,
+]  # fmt: skip
+
+
+class Message(NamedTuple):
+    """What one stage tells another about one batch.
+
+    ``stop`` asks for, or announces, the end of training; ``flush`` says that there are no activations of this batch
+    because the sender is about to run its outstanding backwards; ``differentiable`` says for which tensors the sender
+    wants errors.
+    """
+
+    batch: int
+    stop: bool
+    tensors: list[Tensor | None]
+    flush: bool = False
+    differentiable: Sequence[bool] = ()
+
+
+class Broken(Exception):
+    """The channel gives no more messages. ``kind`` says why; -1 is a lost connection."""
+
+    def __init__(self, kind: int, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Staged(NamedTuple):
+    """A message ready to be sent by another thread."""
+
+    message: Message
+    event: Any
+
+
+class Wire:
+    """One peer in one direction: how a message becomes calls of torch.distributed. Knows gloo from NCCL."""
+
+    def __init__(self, group: Any, pair: Any, rank: int, device: torch.device) -> None:
+        self.group, self.pair, self.rank, self.device = group, pair, rank, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    # ----- sending
+
+    def stage(self, message: Message) -> Staged:
+        """In the training thread: start the copy to the host, if there must be one."""
+        if self.stream is None:
+            return Staged(message._replace(tensors=[t if t is None else t.contiguous() for t in message.tensors]), None)
+        tensors: list[Tensor | None] = []
+        for tensor in message.tensors:
+            if tensor is not None:
+                tensor = tensor.contiguous()
+                if self.pair is None:
+                    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                    tensor = host.copy_(tensor, non_blocking=True)
+            tensors.append(tensor)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return Staged(message._replace(tensors=tensors), event)
+
+    def send(self, staged: Staged) -> None:
+        message, event = staged
+        description: list[int] = []
+        for tensor, wants_error in zip_longest(message.tensors, message.differentiable, fillvalue=False):
+            if isinstance(tensor, Tensor):
+                kind = _DTYPES.index(tensor.dtype) + len(_DTYPES) * bool(wants_error)
+                description += [kind, tensor.dim(), *tensor.shape]
+            else:
+                description.append(-1)
+        inline = len(description) <= _HEADER - _FIXED
+        flags = message.stop | message.flush << 1
+        fixed = [_DATA, message.batch, flags, len(message.tensors), len(description)]
+        self._send_integers(fixed + (description if inline else []))
+        if not inline:
+            dist.send(torch.tensor(description), self.rank, self.group)
+        self._with_stream(lambda: self._send_tensors([t for t in message.tensors if t is not None], event))
+
+    def _send_tensors(self, tensors: list[Tensor], event: Any) -> None:
+        if event is not None:
+            event.synchronize() if self.pair is None else event.wait()
+        for tensor in tensors:
+            if tensor.numel():
+                if self.stream is not None and self.pair is not None:
+                    tensor.record_stream(self.stream)
+                dist.send(tensor.detach(), self.rank, self.pair or self.group)
+
+    def send_end(self, kind: int, text: str) -> None:
+        data = text.encode()
+        self._send_integers([kind, 0, 0, 0, len(data)])
+        if data:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.rank, self.group)
+
+    def _send_integers(self, integers: list[int]) -> None:
+        dist.send(torch.tensor(integers + [0] * (_HEADER - len(integers))), self.rank, self.group)
+
+    # ----- receiving
+
+    def receive(self) -> Arriving:
+        """In the receiving thread: the next message, or :class:`Broken` at the end of all."""
+        header = torch.empty(_HEADER, dtype=torch.int64)
+        dist.recv(header, self.rank, self.group)
+        kind, batch, flags, count, length, *description = header.tolist()
+        if kind != _DATA:
+            data = torch.empty(length, dtype=torch.uint8)
+            if length:
+                dist.recv(data, self.rank, self.group)
+            raise Broken(kind, bytes(data.tolist()).decode())
+        if length > _HEADER - _FIXED:
+            longer = torch.empty(length, dtype=torch.int64)
+            dist.recv(longer, self.rank, self.group)
+            description = longer.tolist()
+        wants_error: list[bool] = []
+        message = Message(batch, bool(flags & 1), [], bool(flags & 2), wants_error)
+        event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
+        return Arriving(message, event)
+
+    def _receive_tensors(
+        self, tensors: list[Tensor | None], wants_error: list[bool], count: int, description: list[int]
+    ) -> Any:
+        at = 0
+        for _ in range(count):
+            if description[at] < 0:
+                tensors.append(None)
+                wants_error.append(False)
+                at += 1
+                continue
+            wants_error.append(description[at] >= len(_DTYPES))
+            dtype, dim = _DTYPES[description[at] % len(_DTYPES)], description[at + 1]
+            shape = description[at + 2 : at + 2 + dim]
+            at += 2 + dim
+            over_host = self.stream is None or self.pair is None
+            tensor = torch.empty(
+                shape,
+                dtype=dtype,
+                device="cpu" if over_host else self.device,
+                pin_memory=over_host and self.stream is not None,
+            )
+            if tensor.numel():
+                dist.recv(tensor, self.rank, self.pair or self.group)
+            tensors.append(tensor.to(self.device, non_blocking=True))
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
+
+    def arrive(self, arriving: Arriving) -> Message:
+        """In the training thread: order what comes next after the copies."""
+        message, event = arriving
+        if event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            for tensor in message.tensors:
+                if tensor is not None:
+                    tensor.record_stream(stream)
+        return message
+
+    def _with_stream(self, work: Callable[[], Any]) -> Any:
+        if self.stream is None:
+            return work()
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            return work()
+
+
+class Arriving(NamedTuple):
+    """A received message whose copies to the device may still be under way."""
+
+    message: Message
+    event: Any

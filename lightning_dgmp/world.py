@@ -1,0 +1,196 @@
+"""What all processes decide together: over a store, so that a failure anywhere ends every wait.
+
+A collective of torch.distributed that one process never enters leaves the others waiting for it, without a reason,
+until that process is gone. Here, whoever waits for others looks at the same time whether one of them has failed, and
+says with what. For objects, flags and the like; nothing in the steady state of training comes here.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_dgmp.nests import map_leaves, map_tensors, tensors_in
+
+__all__ = ["PeerError", "World"]
+
+_LOOK = timedelta(seconds=0.3)  # how often who waits looks for a failure
+_LAST_WORDS = 10.0  # seconds for which the store stays after a failure
+
+
+class PeerError(RuntimeError):
+    """Another process failed, ended or did not answer."""
+
+
+class World:
+    """All processes of a run. All of them must make it together, when torch.distributed is up.
+
+    Args:
+        host: The address of rank 0.
+        timeout: How long to wait for another process.
+    """
+
+    def __init__(self, host: str, timeout: timedelta) -> None:
+        self.rank, self.size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
+        self._store: Any = None
+        self._counts: Counter[tuple[int, ...]] = Counter()
+        self._old_keys: dict[tuple[int, ...], str] = {}
+        self._group = dist.new_group(backend="gloo", timeout=timeout)  # for tensors of the host
+        port = [0]
+        if self.rank == 0:
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            port = [self._store.port]
+        dist.broadcast_object_list(port, 0)
+        if self.rank != 0:
+            self._store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
+
+    def all_gather(self, item: Any, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Give every process of ``ranks``, by default all, the ``item`` of each of them.
+
+        Args:
+            item: Anything that can be pickled.
+            what: What this is for, to say in an error.
+            ranks: Who takes part, in the order of the result.
+
+        Raises:
+            PeerError: If a process failed, or did not come in time.
+        """
+        ranks = tuple(range(self.size)) if ranks is None else tuple(ranks)
+        key = f"{ranks}/{self._counts[ranks]}"
+        self._counts[ranks] += 1
+        mine = f"{key}/{self.rank}"
+        try:
+            self._store.set(mine, pickle.dumps(item))
+            items = [item if r == self.rank else pickle.loads(self._get(f"{key}/{r}", r, what)) for r in ranks]
+            if (old := self._old_keys.get(ranks)) is not None:  # that all are here shows that all have read it
+                self._store.delete_key(old)
+        except dist.DistNetworkError as error:
+            raise PeerError(f"Rank {self.rank} lost rank 0 at {what}: {error}") from None
+        self._old_keys[ranks] = mine
+        return items
+
+    def gather(self, nest: Any, what: str, ranks: Sequence[int], destination: int) -> list[Any] | None:
+        """Give ``destination`` the ``nest`` of each of ``ranks``, its tensors on the host; ``None`` to the others.
+
+        Tensors are sent as they are, only the rest of a nest is pickled.
+        """
+        here = self.rank == destination
+        tensors = tensors_in(nest)
+        forms = self.all_gather(map_tensors(_Form, nest), what, ranks)
+        if not here:
+            for tensor in tensors:
+                self.wait(_Blocking(dist.send, tensor.detach().cpu().contiguous(), destination, self._group), what)
+            return None
+        nests = []
+        for rank, form in zip(ranks, forms):
+            mine = iter(tensors)
+
+            def one(leaf: Any, rank: int = rank, mine: Iterator[Tensor] = mine) -> Any:
+                if not isinstance(leaf, _Form):
+                    return leaf
+                if rank == self.rank:
+                    return next(mine).detach().cpu()
+                tensor = torch.empty(leaf.shape, dtype=leaf.dtype)
+                self.wait(_Blocking(dist.recv, tensor, rank, self._group), what)
+                return tensor
+
+            nests.append(map_leaves(one, form))
+        return nests
+
+    def wait(self, work: Any, what: str) -> None:
+        """Wait for a collective ``work`` of torch.distributed, as :meth:`all_gather` waits for its items."""
+        begin = look = time.monotonic()
+        pause = 1e-4
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+            if (now := time.monotonic()) - look > _LOOK.total_seconds():
+                look = now
+                self._look_for_failure()
+                if now - begin > self.timeout.total_seconds():
+                    raise PeerError(f"Rank {self.rank} waited {self.timeout} for the others at {what}.")
+        work.wait()
+
+    def fail(self, reason: str) -> None:
+        """Let all others know that this process has failed, and why. Never raises."""
+        try:
+            if self._store.add("num_failures", 1) == 1:
+                self._store.set("failure", reason.encode())
+            self._leave(_LAST_WORDS)
+        except RuntimeError:
+            pass  # rank 0 is gone, and all who wait have noticed
+
+    def leave(self) -> None:
+        """Take part no more. Rank 0 waits for the others, because it keeps the store."""
+        self._leave(self.timeout.total_seconds())
+
+    def _leave(self, patience: float) -> None:
+        if self._store is None:
+            return
+        store, self._store = self._store, None
+        store.add("num_left", 1)
+        deadline = time.monotonic() + patience
+        while self.rank == 0 and store.add("num_left", 0) < self.size and time.monotonic() < deadline:
+            if store.check(["failure"]):
+                deadline = min(deadline, time.monotonic() + _LAST_WORDS)
+            time.sleep(0.02)
+
+    def _get(self, key: str, rank: int, what: str) -> bytes:
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        while True:
+            try:
+                self._store.wait([key], _LOOK)
+            except dist.DistNetworkError:
+                raise
+            except dist.DistStoreError:
+                self._look_for_failure()
+                if time.monotonic() > deadline:
+                    raise PeerError(
+                        f"Rank {self.rank} waited {self.timeout} for rank {rank} at {what}, but it did not come. Look"
+                        " for the reason there: it may hang, or run other code than the others."
+                    ) from None
+            else:
+                return self._store.get(key)  # type: ignore[no-any-return]
+
+    def _look_for_failure(self) -> None:
+        if self._store.check(["failure"]):
+            raise PeerError(self._store.get("failure").decode())
+
+
+class _Blocking:
+    """Sending or receiving as work that can be waited for: gloo's own never says whether it is completed."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(function, *args), name="dgmp-gather", daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            self._error = error
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise PeerError(f"A connection broke: {self._error}") from None
+
+
+class _Form:
+    """What stands for a tensor while the tensor itself travels beside."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
