@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["leaves", "map_leaves", "map_tensors", "tensors_in"]
+__all__ = ["Form", "join", "leaves", "map_leaves", "map_tensors", "split", "tensors_in"]
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
 
@@ -64,3 +64,21 @@ def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:
 def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
     """The tensors of type ``kind`` in a nest, in order."""
     return [leaf for leaf in leaves(obj) if isinstance(leaf, kind)]
+
+
+class Form:
+    """What stands for a tensor where the tensor itself travels beside the rest of its nest."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+
+def split(nest: Any) -> tuple[Any, list[Tensor]]:
+    """The nest with forms for its tensors, and the tensors."""
+    return map_tensors(Form, nest), tensors_in(nest)
+
+
+def join(form: Any, tensors: Sequence[Any]) -> Any:
+    """The opposite of :func:`split`."""
+    rest = iter(tensors)
+    return map_leaves(lambda leaf: next(rest) if isinstance(leaf, Form) else leaf, form)

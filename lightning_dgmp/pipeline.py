@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
-from lightning_dgmp.transport import connect
+from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import World
 
 __all__ = ["Pipeline"]
@@ -34,9 +33,8 @@ class Pipeline:
         plan: The plan.
         group: The process group of the replica.
         world: All processes.
+        transport: The channels of this stage.
         device: Where this stage lives.
-        timeout: How long to wait for a message.
-        over_nccl: Whether tensors go straight from device to device.
         backward: What to keep of a batch until its backward.
         seed: Equal on all stages of the replica.
     """
@@ -48,9 +46,8 @@ class Pipeline:
         plan: Plan,
         group: Any,
         world: World,
+        transport: Transport,
         device: torch.device,
-        timeout: timedelta,
-        over_nccl: bool,
         backward: BackwardMode,
         seed: int,
     ) -> None:
@@ -58,9 +55,9 @@ class Pipeline:
         stage = ranks.index(dist.get_rank())
         slots = ParameterSlots(module)
         self._optimizers = [OptimizerShards(optimizer, slots, plan, stage, ranks, world) for optimizer in optimizers]
-        self._transport = connect(stage, ranks, plan.edges(), device, timeout, over_nccl)
+        transport.open(plan.edges())
         delay = delays_of(plan.num_stages)[stage]
-        self.runner = StageRunner(module, slots, plan, stage, delay, self._transport, backward, seed, device)
+        self.runner = StageRunner(module, slots, plan, stage, delay, transport, backward, seed, device)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
         self._interception = ExitStack()
@@ -86,13 +83,8 @@ class Pipeline:
         return None if shards is None else shards.state_dict()
 
     def close(self) -> None:
-        """Give every process all values for good and end the channels. Nothing may be in flight."""
+        """Give every process all values for good. Nothing may be in flight."""
         if not self.runner.whole:
             self._weights.assemble()
             self.runner.whole = True
-        self._transport.close()
         self._interception.close()
-
-    def abort(self, reason: str) -> None:
-        """Tell the other stages that this one has failed."""
-        self._transport.abort(reason)

@@ -27,16 +27,18 @@ from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.loops import install_loops
 from lightning_dgmp.metrics import keep_metrics_local, logging_nothing, logging_what_is_here
 from lightning_dgmp.pipeline import Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.schedule import delays_of
-from lightning_dgmp.stage.randomness import RandomState, mix_seed, seed_all
+from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
 from lightning_dgmp.support import check_devices, check_optimizers, check_supported
+from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import PeerError, World
 
 __all__ = ["DelayedMPStrategy"]
@@ -88,6 +90,8 @@ class DelayedMPStrategy(DDPStrategy):
         self._virtual = virtual
         self._device_mesh: DeviceMesh | None = None
         self._world: World | None = None
+        self._transport: Transport | None = None
+        self._feed: Feed | None = None
         self._reset_pipeline()
 
     def _reset_pipeline(self) -> None:
@@ -173,7 +177,10 @@ class DelayedMPStrategy(DDPStrategy):
         )
         if self._is_pipeline:
             assert self.cluster_environment is not None
-            self._world = World(self.cluster_environment.main_address, self._timeout or default_pg_timeout)
+            timeout = self._timeout or default_pg_timeout
+            over_nccl = self._get_process_group_backend() == "nccl"
+            self._world = World(self.cluster_environment.main_address, timeout)
+            self._transport = Transport(self.stage, self._stage_ranks, self.root_device, timeout, over_nccl)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -185,12 +192,12 @@ class DelayedMPStrategy(DDPStrategy):
             self._layer_sync = None  # the statistics of a stage are those of its replica; there is one replica
         if self.data_parallel_size == 1:  # all processes see the data as a single one would
             trainer._accelerator_connector.use_distributed_sampler = False
-        super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
+        if self.num_stages > 1:
             self._share_randomness()
             if self.data_parallel_size == 1:
                 assert self.lightning_module is not None
                 keep_metrics_local(self.lightning_module)
+        super().setup(trainer)
 
     @override
     def configure_ddp(self) -> None:
@@ -212,13 +219,29 @@ class DelayedMPStrategy(DDPStrategy):
             check_optimizers(list(self.optimizers))
 
     def _share_randomness(self) -> None:
-        """Put all stages of a replica in the random state of its last one, so that their loaders do the same."""
+        """Put all stages in the random state of the last one; loading has one for itself from then on."""
         state, self._seed = self.broadcast((RandomState.current(_HOST), torch.initial_seed()))
         state.apply(_HOST)
+        self._loading = OwnRandomness()
+        if self._transport is not None:
+            self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, self._of_stage_0)
+
+    def _of_stage_0(self, item: Any, what: str) -> Any:
+        assert self._world is not None
+        return self._world.all_gather(item, what, self._stage_ranks)[0]
 
     def align_randomness(self, epoch: int) -> None:
         """Begin an epoch in the same random state on all stages, without asking them."""
-        seed_all(mix_seed(self._seed, epoch, 0), _HOST)
+        seed = mix_seed(self._seed, epoch, 0)
+        seed_all(seed, _HOST)
+        self._loading.seed(seed)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        if self._feed is None:
+            return dataloader
+        check_sampler(dataloader, self.data_parallel_size, self.replica)
+        return self._feed.wrap(dataloader)
 
     # ----- the plan
 
@@ -236,9 +259,9 @@ class DelayedMPStrategy(DDPStrategy):
         if self._world is None:
             self._plan = make_plan()
         else:
-            self._plan = agree_on_plan(make_plan, batch, self._world, self._stage_ranks)
+            self._plan = agree_on_plan(make_plan, self._world, self._stage_ranks)
         rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
-        if self._world is None:
+        if self._world is None or self._transport is None:
             self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan)
             return
         self._pipeline = Pipeline(
@@ -247,9 +270,8 @@ class DelayedMPStrategy(DDPStrategy):
             self._plan,
             self.device_mesh.get_group("stage"),
             self._world,
+            self._transport,
             self.root_device,
-            timeout=self._timeout or default_pg_timeout,
-            over_nccl=self._get_process_group_backend() == "nccl",
             backward=self._backward,
             seed=self._seed,
         )
@@ -442,12 +464,16 @@ class DelayedMPStrategy(DDPStrategy):
         else:
             trace = "".join(traceback.format_exception(exception))
             reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
-        if self._pipeline is not None:
-            self._pipeline.abort(reason)
+        if self._transport is not None:
+            self._transport.abort(reason)
+            self._transport = None
         self._world.fail(reason)
 
     @override
     def teardown(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
         if self._world is not None:
             self._world.leave()
             self._world = None

@@ -6,7 +6,8 @@ ahead and one that sends, so that the training thread waits only for what is not
 
     training thread   send() -> queue -> sending thread ~~ peer's receiving thread -> queue -> receive()
 
-Messages describe themselves: a header of integers (kind, batch, flags, shapes), then the tensors. Nothing is pickled.
+Messages describe themselves: a header of integers (kind, batch, flags, shapes), then the tensors. A third direction
+brings the batches of data from stage 0 to all others.
 
 With gloo, tensors of an accelerator travel through pinned host memory, so several stages can share one device. With
 NCCL the headers still go over gloo and the tensors straight from device to device, one communicator a pair and
@@ -20,7 +21,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -30,10 +31,11 @@ import torch.distributed as dist
 from lightning_dgmp.wire import ABORT, CLOSE, Arriving, Broken, Message, Staged, Wire
 from lightning_dgmp.world import PeerError
 
-__all__ = ["ACTIVATIONS", "ERRORS", "Peer", "Transport", "connect"]
+__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "Peer", "Transport"]
 
 ACTIVATIONS = "activations"
 ERRORS = "errors"
+DATA = "data"
 
 
 class Peer(NamedTuple):
@@ -47,42 +49,49 @@ class Peer(NamedTuple):
 
 
 class Transport:
-    """The channels of one stage.
+    """The channels of one stage. All processes of a replica must make it, and call :meth:`open`, together.
 
     Args:
-        me: This stage.
-        peers: The stages with which it exchanges messages.
-        groups: For each direction the gloo group of the replica.
+        stage: The stage of this process.
+        ranks: The global rank of each stage.
         device: Where received tensors should be.
         timeout: How long to wait for a message before giving up.
-        bound: How many messages may wait to be sent to one peer.
-        pairs: With NCCL, the communicator of each direction and peer stage; without, tensors go over ``groups``.
+        over_nccl: Whether activations and errors go straight from device to device.
     """
 
     def __init__(
-        self,
-        me: Peer,
-        peers: Sequence[Peer],
-        groups: dict[str, Any],
-        device: torch.device,
-        timeout: timedelta,
-        bound: int,
-        pairs: dict[tuple[str, int], Any] | None = None,
+        self, stage: int, ranks: Sequence[int], device: torch.device, timeout: timedelta, over_nccl: bool = False
     ) -> None:
-        self.me = me
-        self.timeout = timeout
+        self.timeout, self._device, self._over_nccl = timeout, device, over_nccl
+        self._peers = [Peer(k, rank) for k, rank in enumerate(ranks)]
+        self.me = self._peers[stage]
+        directions = (ACTIVATIONS, ERRORS, DATA)
+        self._groups = {d: dist.new_group(timeout=timeout, backend="gloo") for d in directions}
         self._in: dict[tuple[str, int], _Inbox] = {}
         self._out: dict[tuple[str, int], _Outbox] = {}
-        self._peers = {peer.stage: peer for peer in peers}
-        for peer in peers:
-            down, up = (ACTIVATIONS, ERRORS) if peer.stage < me.stage else (ERRORS, ACTIVATIONS)
-            wires = {d: Wire(groups[d], pairs and pairs[d, peer.stage], peer.rank, device) for d in (down, up)}
-            self._in[down, peer.stage] = _Inbox(wires[down])
-            self._out[up, peer.stage] = _Outbox(wires[up], bound)
-        for inbox in self._in.values():
-            inbox.thread.start()
-        for outbox in self._out.values():
-            outbox.thread.start()
+        self._edges: set[tuple[int, int]] = set()
+        for peer in self._peers[1:]:
+            self._connect(DATA, self._peers[0], peer, torch.device("cpu"))
+
+    def open(self, edges: Iterable[tuple[int, int]]) -> None:
+        """Open the channels between pairs of stages that exchange activations and errors; they stay open."""
+        for edge in sorted(set(edges) - self._edges):
+            source, target = (self._peers[k] for k in edge)
+            self._connect(ACTIVATIONS, source, target, self._device)
+            self._connect(ERRORS, target, source, self._device)
+            self._edges.add(edge)
+
+    def _connect(self, direction: str, source: Peer, target: Peer, device: torch.device) -> None:
+        pair = None
+        if self._over_nccl and device.type == "cuda":  # a communicator for itself, or transfers would wait in line
+            pair = dist.new_group(sorted((source.rank, target.rank)), timeout=self.timeout, backend="nccl")
+        bound = len(self._peers) + 1
+        if self.me == source:
+            self._out[direction, target.stage] = _Outbox(
+                Wire(self._groups[direction], pair, target.rank, device), bound
+            )
+        elif self.me == target:
+            self._in[direction, source.stage] = _Inbox(Wire(self._groups[direction], pair, source.rank, device), bound)
 
     def send(self, direction: str, stage: int, message: Message) -> None:
         """Hand over ``message``; its tensors must not be changed afterwards."""
@@ -136,8 +145,10 @@ class Transport:
         """End all channels, once every peer does the same."""
         for outbox in self._out.values():
             outbox.finish(CLOSE, "")
-        for thread in [*(box.thread for box in self._out.values()), *(box.thread for box in self._in.values())]:
-            thread.join(self.timeout.total_seconds())
+        for outbox in self._out.values():
+            outbox.thread.join(self.timeout.total_seconds())
+        for inbox in self._in.values():
+            inbox.end(self.timeout)
 
     def _failure(self, broken: Broken, direction: str, stage: int, batch: int) -> PeerError:
         peer = self._peers[stage]
@@ -151,38 +162,6 @@ class Transport:
         return PeerError(f"{self.me} lost {peer} at the {direction} of batch {batch}: {broken}")
 
 
-def connect(
-    stage: int,
-    ranks: Sequence[int],
-    edges: Sequence[tuple[int, int]],
-    device: torch.device,
-    timeout: timedelta,
-    over_nccl: bool = False,
-) -> Transport:
-    """Open the channels of ``stage``. All processes of the replica must call it.
-
-    Args:
-        stage: The stage of this process.
-        ranks: The global rank of each stage.
-        edges: The pairs of stages that exchange messages.
-        device: Where received tensors should be.
-        timeout: How long to wait for a message before giving up.
-        over_nccl: Whether tensors go straight from device to device.
-    """
-    groups = {d: dist.new_group(sorted(ranks), timeout=timeout, backend="gloo") for d in (ACTIVATIONS, ERRORS)}
-    pairs: dict[tuple[str, int], Any] = {}
-    if over_nccl:
-        for a, b in edges:
-            for direction in (ACTIVATIONS, ERRORS):
-                pair = dist.new_group(sorted((ranks[a], ranks[b])), timeout=timeout, backend="nccl")
-                if stage in (a, b):
-                    pairs[direction, a + b - stage] = pair
-    peers = [Peer(k, ranks[k]) for k in sorted({a + b - stage for a, b in edges if stage in (a, b)})]
-    return Transport(
-        Peer(stage, ranks[stage]), peers, groups, device, timeout, bound=len(ranks) + 1, pairs=pairs or None
-    )
-
-
 class _Outbox:
     """Sends what is put in, in a thread of its own."""
 
@@ -191,6 +170,7 @@ class _Outbox:
         self.queue: queue.Queue[Any] = queue.Queue(bound)
         self.broken: Broken | None = None
         self.thread = threading.Thread(target=self._run, name=f"dgmp-send-{wire.rank}", daemon=True)
+        self.thread.start()
 
     def put(self, message: Message, timeout: timedelta) -> None:
         if self.broken is not None:
@@ -213,10 +193,11 @@ class _Outbox:
 class _Inbox:
     """Receives ahead in a thread of its own."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, bound: int) -> None:
         self.wire = wire
-        self.queue: queue.Queue[Arriving | Broken] = queue.Queue()
+        self.queue: queue.Queue[Arriving | Broken] = queue.Queue(bound)
         self.thread = threading.Thread(target=self._run, name=f"dgmp-receive-{wire.rank}", daemon=True)
+        self.thread.start()
 
     def get(self, timeout: timedelta) -> Message:
         item = self.queue.get(timeout=timeout.total_seconds())
@@ -224,6 +205,14 @@ class _Inbox:
             self.queue.put(item)  # the next one to ask gets the same answer
             raise item
         return self.wire.arrive(item)
+
+    def end(self, timeout: timedelta) -> None:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while self.thread.is_alive() and time.monotonic() < deadline:
+            self.thread.join(0.01)
+            with contextlib.suppress(queue.Empty):  # what nobody asked for, as batches fetched ahead
+                while True:
+                    self.queue.get_nowait()
 
     def _run(self) -> None:
         try:

@@ -14,7 +14,7 @@ __all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Wire"]
 
 _DATA, CLOSE, ABORT = range(3)
 _HEADER = 64  # integers; longer descriptions follow in a message of their own
-_FIXED = 5
+_FIXED = 6
 _DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
@@ -26,7 +26,7 @@ class Message(NamedTuple):
 
     ``stop`` asks for, or announces, the end of training; ``flush`` says that there are no activations of this batch
     because the sender is about to run its outstanding backwards; ``differentiable`` says for which tensors the sender
-    wants errors.
+    wants errors; ``extra`` is whatever else there is to say.
     """
 
     batch: int
@@ -34,6 +34,7 @@ class Message(NamedTuple):
     tensors: list[Tensor | None]
     flush: bool = False
     differentiable: Sequence[bool] = ()
+    extra: bytes = b""
 
 
 class Broken(Exception):
@@ -87,10 +88,11 @@ class Wire:
                 description.append(-1)
         inline = len(description) <= _HEADER - _FIXED
         flags = message.stop | message.flush << 1
-        fixed = [_DATA, message.batch, flags, len(message.tensors), len(description)]
+        fixed = [_DATA, message.batch, flags, len(message.tensors), len(description), len(message.extra)]
         self._send_integers(fixed + (description if inline else []))
         if not inline:
             dist.send(torch.tensor(description), self.rank, self.group)
+        self._send_bytes(message.extra)
         self._with_stream(lambda: self._send_tensors([t for t in message.tensors if t is not None], event))
 
     def _send_tensors(self, tensors: list[Tensor], event: Any) -> None:
@@ -104,7 +106,10 @@ class Wire:
 
     def send_end(self, kind: int, text: str) -> None:
         data = text.encode()
-        self._send_integers([kind, 0, 0, 0, len(data)])
+        self._send_integers([kind, 0, 0, 0, 0, len(data)])
+        self._send_bytes(data)
+
+    def _send_bytes(self, data: bytes) -> None:
         if data:
             dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.rank, self.group)
 
@@ -117,20 +122,23 @@ class Wire:
         """In the receiving thread: the next message, or :class:`Broken` at the end of all."""
         header = torch.empty(_HEADER, dtype=torch.int64)
         dist.recv(header, self.rank, self.group)
-        kind, batch, flags, count, length, *description = header.tolist()
+        kind, batch, flags, count, length, num_bytes, *description = header.tolist()
         if kind != _DATA:
-            data = torch.empty(length, dtype=torch.uint8)
-            if length:
-                dist.recv(data, self.rank, self.group)
-            raise Broken(kind, bytes(data.tolist()).decode())
+            raise Broken(kind, self._receive_bytes(num_bytes).decode())
         if length > _HEADER - _FIXED:
             longer = torch.empty(length, dtype=torch.int64)
             dist.recv(longer, self.rank, self.group)
             description = longer.tolist()
         wants_error: list[bool] = []
-        message = Message(batch, bool(flags & 1), [], bool(flags & 2), wants_error)
+        message = Message(batch, bool(flags & 1), [], bool(flags & 2), wants_error, self._receive_bytes(num_bytes))
         event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
         return Arriving(message, event)
+
+    def _receive_bytes(self, num_bytes: int) -> bytes:
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        if num_bytes:
+            dist.recv(data, self.rank, self.group)
+        return data.numpy().tobytes()
 
     def _receive_tensors(
         self, tensors: list[Tensor | None], wants_error: list[bool], count: int, description: list[int]

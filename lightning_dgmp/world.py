@@ -11,7 +11,7 @@ import pickle
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dgmp.nests import map_leaves, map_tensors, tensors_in
+from lightning_dgmp.nests import Form, join, leaves, split
 
 __all__ = ["PeerError", "World"]
 
@@ -83,28 +83,35 @@ class World:
 
         Tensors are sent as they are, only the rest of a nest is pickled.
         """
-        here = self.rank == destination
-        tensors = tensors_in(nest)
-        forms = self.all_gather(map_tensors(_Form, nest), what, ranks)
-        if not here:
-            for tensor in tensors:
-                self.wait(_Blocking(dist.send, tensor.detach().cpu().contiguous(), destination, self._group), what)
+        form, tensors = split(nest)
+        forms = self.all_gather(form, what, ranks)
+        if self.rank != destination:
+            self._send(tensors, destination, what)
             return None
-        nests = []
-        for rank, form in zip(ranks, forms):
-            mine = iter(tensors)
+        return [nest if r == self.rank else self._receive(f, r, what) for r, f in zip(ranks, forms)]
 
-            def one(leaf: Any, rank: int = rank, mine: Iterator[Tensor] = mine) -> Any:
-                if not isinstance(leaf, _Form):
-                    return leaf
-                if rank == self.rank:
-                    return next(mine).detach().cpu()
-                tensor = torch.empty(leaf.shape, dtype=leaf.dtype)
+    def share(self, nest: Any, what: str, ranks: Sequence[int], source: int) -> Any:
+        """Give all ``ranks`` the ``nest`` of ``source``, its tensors on the host."""
+        form, tensors = split(nest) if self.rank == source else (None, [])
+        form = self.all_gather(form, what, ranks)[list(ranks).index(source)]
+        if self.rank != source:
+            return self._receive(form, source, what)
+        for rank in ranks:
+            if rank != source:
+                self._send(tensors, rank, what)
+        return nest
+
+    def _send(self, tensors: list[Tensor], rank: int, what: str) -> None:
+        for tensor in tensors:
+            if tensor.numel():
+                self.wait(_Blocking(dist.send, tensor.detach().cpu().contiguous(), rank, self._group), what)
+
+    def _receive(self, form: Any, rank: int, what: str) -> Any:
+        tensors = [torch.empty(f.shape, dtype=f.dtype) for f in leaves(form) if isinstance(f, Form)]
+        for tensor in tensors:
+            if tensor.numel():
                 self.wait(_Blocking(dist.recv, tensor, rank, self._group), what)
-                return tensor
-
-            nests.append(map_leaves(one, form))
-        return nests
+        return join(form, tensors)
 
     def wait(self, work: Any, what: str) -> None:
         """Wait for a collective ``work`` of torch.distributed, as :meth:`all_gather` waits for its items."""
@@ -187,10 +194,3 @@ class _Blocking:
         self._thread.join()
         if self._error is not None:
             raise PeerError(f"A connection broke: {self._error}") from None
-
-
-class _Form:
-    """What stands for a tensor while the tensor itself travels beside."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype = tensor.shape, tensor.dtype

@@ -98,7 +98,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.log = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
-        self.process = context.Process(target=_work, args=(theirs, self.log.name), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
         self.process.start()
         theirs.close()
         self.replace_later = False

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Peer, Transport
+from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Transport
 from lightning_dgmp.wire import Message
 from lightning_dgmp.world import PeerError
 from tests.pool import WorkerPool
@@ -22,9 +22,9 @@ def connect(timeout: float = 20) -> tuple[Transport, int]:
     rank = int(os.environ["LOCAL_RANK"])
     limit = timedelta(seconds=timeout)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    groups = {direction: dist.new_group([0, 1]) for direction in (ACTIVATIONS, ERRORS)}
-    me, peer = Peer(1 - rank, rank), Peer(rank, 1 - rank)
-    return Transport(me, [peer], groups, torch.device("cpu"), limit, bound=3), me.stage
+    transport = Transport(1 - rank, [1, 0], torch.device("cpu"), limit)
+    transport.open([(0, 1)])
+    return transport, 1 - rank
 
 
 def exchange() -> Any:

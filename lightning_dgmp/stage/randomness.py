@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-__all__ = ["RandomState", "StepRandomness", "mix_seed", "seed_all"]
+__all__ = ["OwnRandomness", "RandomState", "StepRandomness", "mix_seed", "seed_all"]
 
 
+_HOST = torch.device("cpu")
 _STEP_GENERATOR = numpy.random.MT19937(0)
 
 
@@ -42,6 +43,28 @@ class RandomState(NamedTuple):
         torch.set_rng_state(self.host)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device, device)
+
+
+class OwnRandomness:
+    """Random numbers of the host for some work, apart from those of the rest; they begin in today's state."""
+
+    def __init__(self) -> None:
+        self._state = RandomState.current(_HOST)
+
+    def seed(self, seed: int) -> None:
+        with self():
+            seed_all(seed, _HOST)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Around the work."""
+        outside = RandomState.current(_HOST)
+        self._state.apply(_HOST)
+        try:
+            yield
+        finally:
+            self._state = RandomState.current(_HOST)
+            outside.apply(_HOST)
 
 
 class StepRandomness:

@@ -313,39 +313,9 @@ def no_vectors() -> DataLoader:
     return DataLoader(TensorDataset(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long)))
 
 
-def vectors_by_rank() -> DataLoader:
-    import os
-
-    return models.vectors(size=80 + 8 * int(os.environ["LOCAL_RANK"]))
-
-
-def fewer_vectors_by_rank() -> DataLoader:
-    import os
-
-    return models.vectors(size=96 - 8 * int(os.environ["LOCAL_RANK"]))
-
-
-def random_vectors() -> DataLoader:
-    x = torch.randn(80, 8, generator=torch.Generator().manual_seed(torch.initial_seed() + int(torch.seed())))
-    return DataLoader(TensorDataset(x, torch.zeros(80, dtype=torch.long)), batch_size=8)
-
-
 def test_an_empty_loader(pool: WorkerPool) -> None:
     assert_all_say(
         failures(pool, 2, models.MLP, no_vectors), "at least one batch, but the training data loader is empty"
-    )
-
-
-@pytest.mark.parametrize("loader", [vectors_by_rank, fewer_vectors_by_rank])
-def test_loaders_of_different_length(pool: WorkerPool, loader: Any) -> None:
-    assert_all_say(
-        failures(pool, 2, models.MLP, loader), "must see the same batches, but", "equally long|Make the data"
-    )
-
-
-def test_different_batches(pool: WorkerPool) -> None:
-    assert_all_say(
-        failures(pool, 2, models.MLP, random_vectors), "same batches, but their first batches differ", "seed"
     )
 
 

@@ -1,0 +1,136 @@
+"""Data from stage 0: one process of a replica loads, the others receive its batches.
+
+So shuffling, augmentation, custom samplers and iterable data sets are right by construction, whatever they draw.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DistributedSampler
+
+from lightning_dgmp.nests import join, split
+from lightning_dgmp.transport import DATA, Transport
+from lightning_dgmp.wire import Message
+
+__all__ = ["Feed", "check_sampler"]
+
+
+class Feed:
+    """The batches of a replica.
+
+    Args:
+        transport: The channels of this stage.
+        stage: Which stage this is.
+        num_stages: How many there are.
+        loading: What surrounds the work of a loader on stage 0: its random numbers are not those of the training.
+        share: ``share(item, what)`` gives all stages the ``item`` of stage 0.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        stage: int,
+        num_stages: int,
+        loading: Callable[[], AbstractContextManager[Any]],
+        share: Callable[[Any, str], Any],
+    ) -> None:
+        self.loads, self._loading, self.share = stage == 0, loading, share
+        self._transport, self._others = transport, range(1, num_stages)
+        self._num_messages = 0
+
+    def wrap(self, loader: Any) -> Any:
+        """What takes the place of ``loader``, which must be of the same kind on all stages."""
+        length = self.share(sized_len(loader) if self.loads else None, "the length of a data loader")
+        return _SharedLoader(loader, length, self)
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """The batches of ``loader`` on stage 0, on every stage."""
+        if not self.loads:
+            return self._received()
+        with self._loading():
+            iterator = iter(loader)
+        return self._loaded(iterator)
+
+    def _received(self) -> Iterator[Any]:
+        while (message := self._receive()).extra:
+            yield join(pickle.loads(message.extra), message.tensors)
+
+    def _loaded(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with self._loading():
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    break
+            form, tensors = split(batch)
+            self._send(tensors, pickle.dumps(form))
+            yield batch
+        self._send([], b"")
+
+    def _send(self, tensors: list[torch.Tensor], extra: bytes) -> None:
+        for stage in self._others:
+            self._transport.send(DATA, stage, Message(self._num_messages, False, tensors, extra=extra))  # type: ignore[arg-type]
+        self._num_messages += 1
+
+    def _receive(self) -> Message:
+        self._num_messages += 1
+        return self._transport.receive(DATA, 0, self._num_messages - 1)
+
+
+class _SharedLoader:
+    """Stands for a loader: the same attributes, the batches of stage 0."""
+
+    def __init__(self, loader: Any, length: int | None, feed: Feed) -> None:
+        self.__dict__.update(_loader=loader, _length=length, _feed=feed)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # code that asks whether it is a `DataLoader` gets the answer of the loader
+        return type(self.__dict__["_loader"])
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._feed.batches(self._loader)
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError(f"A {type(self._loader).__name__} has no length.")
+        return int(self._length)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["_loader"], name)
+        if name == "state_dict":
+            return lambda: self._feed.share(value() if self._feed.loads else None, "the state of a data loader")
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._loader, name, value)
+
+
+def check_sampler(loader: Any, num_replicas: int, replica: int) -> None:
+    """Let a user's sampler divide the data among replicas, not among processes.
+
+    Raises:
+        MisconfigurationException: If it is not known how.
+    """
+    sampler = getattr(loader, "sampler", None)
+    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    for s in {id(s): s for s in (sampler, inner)}.values():
+        if not isinstance(s, DistributedSampler) or (s.num_replicas == num_replicas and s.rank == replica):
+            continue
+        if type(s) is not DistributedSampler:
+            raise MisconfigurationException(
+                f"A sampler must divide the data among the replicas, but `{type(s).__name__}` divides them among"
+                f" {s.num_replicas} processes, of which the stages of one replica are several. Pass it"
+                " `num_replicas=trainer.strategy.data_parallel_size` and `rank=trainer.strategy.replica`."
+            )
+        right: DistributedSampler[Any] = DistributedSampler(
+            s.dataset, num_replicas, replica, shuffle=s.shuffle, seed=s.seed, drop_last=s.drop_last
+        )
+        right.epoch = s.epoch
+        s.__dict__.update(right.__dict__)

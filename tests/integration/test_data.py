@@ -1,0 +1,211 @@
+"""All stages see the batches that stage 0 loads, whatever kind of loader makes them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+
+from lightning_dgmp.nests import leaves
+from tests import models
+from tests.pool import WorkerPool
+from tests.training import assert_equal, fit
+
+
+class Notes(Callback):
+    """Keeps what each batch holds."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves(batch)])
+
+
+def items(size: int = 44) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    return TensorDataset(torch.randn(size, 8, generator=generator), torch.randint(4, (size,), generator=generator))
+
+
+def shuffled() -> DataLoader:
+    return DataLoader(items(), batch_size=8, shuffle=True)
+
+
+def seeded_by_rank() -> DataLoader:
+    torch.manual_seed(int(os.environ["LOCAL_RANK"]))
+    return DataLoader(items(), batch_size=8, shuffle=True)
+
+
+def longer_by_rank() -> DataLoader:
+    return DataLoader(items(44 + 16 * int(os.environ["LOCAL_RANK"])), batch_size=8)
+
+
+def shorter_by_rank() -> DataLoader:
+    return DataLoader(items(60 - 16 * int(os.environ["LOCAL_RANK"])), batch_size=8)
+
+
+class Stream(IterableDataset[Any]):
+    """Of unknown length, with an augmentation."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for x, y in items():
+            yield x + 0.1 * torch.randn(8), y
+
+
+def stream() -> DataLoader:
+    return DataLoader(Stream(), batch_size=8)
+
+
+def with_workers() -> DataLoader:
+    return DataLoader(items(), batch_size=8, shuffle=True, num_workers=2)
+
+
+class FirstTwice:
+    """A batch sampler of one's own."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for i in range(5):
+            yield [0, *torch.randint(44, (7,)).tolist(), i]
+
+    def __len__(self) -> int:
+        return 5
+
+
+def own_batch_sampler() -> DataLoader:
+    return DataLoader(items(), batch_sampler=FirstTwice())
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class Sample:
+    pair: Pair
+    names: list[str]
+    more: dict[str, Any]
+
+
+def rich(samples: list[Any]) -> Sample:
+    x, y = torch.stack([x for x, _ in samples]), torch.stack([y for _, y in samples])
+    return Sample(
+        Pair(x, y), [f"sample {i}" for i in range(len(samples))], {"none": None, "weight": 0.5, "set": {1, 2}}
+    )
+
+
+def rich_batches() -> DataLoader:
+    return DataLoader(items(), batch_size=8, shuffle=True, collate_fn=rich)
+
+
+def combined() -> CombinedLoader:
+    loaders = {"a": shuffled(), "b": [DataLoader(items(20), batch_size=4, shuffle=True)]}
+    return CombinedLoader(loaders, "max_size_cycle")
+
+
+def distributed_by_hand() -> DataLoader:
+    """What projects do under DDP; all stages of a replica must see all of the data."""
+    sampler: DistributedSampler[Any] = DistributedSampler(items(), num_replicas=3, rank=int(os.environ["LOCAL_RANK"]))
+    return DataLoader(items(), batch_size=8, sampler=sampler)
+
+
+class AnyBatch(models.MLP):
+    def loss(self, batch: Any) -> Tensor:
+        x, y = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)][:2]
+        return super().loss((x, y))
+
+
+def fit_and_note(loader: Any, strategy: Any, devices: int, **kwargs: Any) -> Any:
+    notes = Notes()
+    outcome = fit(AnyBatch, loader, strategy, devices, max_epochs=3, callbacks=[notes], **kwargs)
+    return outcome, notes.batches
+
+
+def same(ours: list[list[Any]], theirs: list[list[Any]]) -> bool:
+    def one(a: Any, b: Any) -> bool:
+        return a.equal(b) if isinstance(a, Tensor) else bool(a == b)
+
+    return all(one(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+
+
+LOADERS = [shuffled, stream, with_workers, own_batch_sampler, rich_batches, combined]
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_all_stages_see_the_batches_of_one_process(pool: WorkerPool, loader: Any) -> None:
+    expected, batches = pool.run(fit_and_note, 1, loader, {"num_stages": 3, "virtual": True}, 1)[0]
+    results = pool.run(fit_and_note, 3, loader, {"num_stages": 3}, 3)
+    for _, others in results:
+        assert same(others, batches)
+    assert_equal(results[0][0], expected, 1e-6)
+
+
+@pytest.mark.parametrize("loader", [seeded_by_rank, longer_by_rank, shorter_by_rank, distributed_by_hand])
+def test_the_loader_of_stage_0_decides(pool: WorkerPool, loader: Any) -> None:
+    results = pool.run(fit_and_note, 3, loader, {"num_stages": 3}, 3)
+    for _, batches in results:
+        assert same(batches, results[2][1])
+    size = {longer_by_rank: 76, shorter_by_rank: 28}.get(loader, 44)
+    assert sum(len(batch[0]) for batch in results[0][1]) == 3 * size
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"limit_train_batches": 2}, {"overfit_batches": 2}, {"reload_dataloaders_every_n_epochs": 2}, {"max_steps": 7}],
+)
+@pytest.mark.parametrize("loader", [shuffled, stream])
+def test_limits(pool: WorkerPool, loader: Any, arguments: dict[str, Any]) -> None:
+    expected, batches = pool.run(fit_and_note, 1, loader, {"num_stages": 2, "virtual": True}, 1, **arguments)[0]
+    results = pool.run(fit_and_note, 2, loader, {"num_stages": 2}, 2, **arguments)
+    for outcome, others in results:
+        assert same(others, batches)
+        assert outcome.global_step == expected.global_step
+
+
+class Module(LightningDataModule):
+    """Asks the trainer, as real ones do."""
+
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None
+        self.batch_size = 8 // self.trainer.num_nodes
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        return DataLoader(items(40 + 4 * self.trainer.current_epoch), batch_size=self.batch_size, shuffle=True)
+
+
+def test_a_datamodule(pool: WorkerPool) -> None:
+    arguments = {"reload_dataloaders_every_n_epochs": 1}
+    expected, batches = pool.run(fit_and_note, 1, Module, {"num_stages": 2, "virtual": True}, 1, **arguments)[0]
+    for outcome, others in pool.run(fit_and_note, 2, Module, {"num_stages": 2}, 2, **arguments):
+        assert same(others, batches)
+        assert_equal(outcome, expected, 1e-6) if outcome.rows else None
+
+
+class Fails(Dataset[Any]):
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 30:
+            raise ZeroDivisionError("the user's own error")
+        return torch.zeros(8), 0
+
+
+def failing() -> DataLoader:
+    return DataLoader(Fails(), batch_size=8)
+
+
+def test_an_error_of_the_loader_ends_all(pool: WorkerPool) -> None:
+    last, first = pool.try_run(fit, 2, models.MLP, failing, {"num_stages": 2}, 2)
+    assert first.type == "ZeroDivisionError"
+    assert "Stage 0 (rank 1) failed" in last.message
+    assert "the user's own error" in last.message
