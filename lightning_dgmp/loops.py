@@ -1,4 +1,4 @@
-"""Lightning's training loops, without their per-batch synchronisation of the world.
+"""Lightning's loops, without the synchronisation of the world at every training batch.
 
 ``_TrainingEpochLoop`` broadcasts a flag on all processes before every batch and waits for it, which would put all
 stages in lock-step. Here the wish to stop travels with the errors to stage 0, and its decision with the activations to
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
@@ -32,6 +34,9 @@ def install_loops(trainer: Trainer) -> None:
     """Make the loops of ``trainer`` behave as those below, with all their state."""
     trainer.fit_loop.__class__ = _DelayedFitLoop
     trainer.fit_loop.epoch_loop.__class__ = _DelayedEpochLoop
+    for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        loop.__class__ = _SharingEvaluationLoop
+    trainer.predict_loop.__class__ = _SharingPredictionLoop
 
 
 class _WithStrategy(_Loop):
@@ -66,11 +71,32 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
         if not self._should_check_val_fx(data_fetcher):
             super().on_advance_end(data_fetcher)
             return
-        with self._strategy.whole_model():
-            super().on_advance_end(data_fetcher)
+        self._strategy.flush()
+        super().on_advance_end(data_fetcher)
         runner = self._strategy.runner
         if runner is not None:  # all stages are here anyway: a wish to stop, as of EarlyStopping, need not travel
             runner.stop_agreed |= self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False)
+
+
+class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):
+    """Lets all stages know what the last one has logged and kept."""
+
+    @override
+    def _store_dataloader_outputs(self) -> None:
+        super()._store_dataloader_outputs()
+        self._logged_outputs[-1] = self._strategy.share_results(self._logged_outputs[-1])
+
+    @override
+    def _on_evaluation_epoch_end(self) -> None:
+        self._strategy.share_state()
+        super()._on_evaluation_epoch_end()
+
+
+class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
+    @override
+    def _on_predict_epoch_end(self) -> Any:
+        self._strategy.share_state()
+        return super()._on_predict_epoch_end()
 
 
 class _DelayedFitLoop(_WithStrategy, _FitLoop):
@@ -80,6 +106,13 @@ class _DelayedFitLoop(_WithStrategy, _FitLoop):
         if self.max_batches == 0 and self.trainer.limit_train_batches != 0:
             raise MisconfigurationException(_NO_BATCH)
         return super().skip
+
+    @override
+    def on_advance_end(self) -> None:
+        self.trainer._logger_connector.epoch_end_reached()  # from here on the metrics are those of the epoch
+        self._strategy.share_state()
+        self._strategy.share_results()
+        super().on_advance_end()
 
     @override
     def on_run_end(self) -> None:

@@ -26,14 +26,17 @@ def keep_metrics_local(module: nn.Module) -> None:
 
 
 @contextmanager
-def logging_nothing(module: LightningModule, with_loggers: bool = False) -> Iterator[None]:
-    """Let ``log``, ``log_dict`` and ``print`` of ``module`` do nothing, and its loggers too if asked."""
+def logging_nothing(
+    module: LightningModule, instead: Callable[..., None] | None = None, with_loggers: bool = False
+) -> Iterator[None]:
+    """Let ``log``, ``log_dict`` and ``print`` of ``module`` do nothing, or ``instead``; its loggers too if asked."""
+    log = instead or _nothing
     trainer = module.trainer
     loggers = trainer.loggers
     if with_loggers and loggers:
         trainer.loggers = [DummyLogger()]  # type: ignore[list-item]
     try:
-        with _replaced(module, log=_nothing, log_dict=_nothing, print=_nothing):
+        with _replaced(module, log=log, log_dict=log, print=_nothing):
             yield
     finally:
         trainer.loggers = loggers

@@ -70,7 +70,7 @@ class Form:
     """What stands for a tensor where the tensor itself travels beside the rest of its nest."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.shape, self.dtype, self.on_host = tensor.shape, tensor.dtype, tensor.device.type == "cpu"
 
 
 def split(nest: Any) -> tuple[Any, list[Tensor]]:

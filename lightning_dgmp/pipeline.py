@@ -19,7 +19,24 @@ from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import World
 
-__all__ = ["Pipeline"]
+__all__ = ["Interception", "Pipeline"]
+
+
+class Interception:
+    """Who handles the calls of a module: one runner at a time, or none."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._stack = ExitStack()
+        self._runner: StageRunner | None = None
+
+    def use(self, runner: StageRunner | None) -> None:
+        if runner is self._runner:
+            return
+        self._stack.close()
+        self._runner = runner
+        if runner is not None:
+            self._stack.enter_context(intercepted_calls(self._module, runner.on_call, runner.watched))
 
 
 class Pipeline:
@@ -60,8 +77,6 @@ class Pipeline:
         self.runner = StageRunner(module, slots, plan, stage, delay, transport, backward, seed, device)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
-        self._interception = ExitStack()
-        self._interception.enter_context(intercepted_calls(module, self.runner.on_call, self.runner.watched))
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -87,4 +102,3 @@ class Pipeline:
         if not self.runner.whole:
             self._weights.assemble()
             self.runner.whole = True
-        self._interception.close()

@@ -28,9 +28,11 @@ from typing_extensions import override
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.data import Feed, check_sampler
+from lightning_dgmp.evaluation import Evaluation
+from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import install_loops
 from lightning_dgmp.metrics import keep_metrics_local, logging_nothing, logging_what_is_here
-from lightning_dgmp.pipeline import Pipeline
+from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.schedule import delays_of
@@ -98,6 +100,7 @@ class DelayedMPStrategy(DDPStrategy):
         self._plan: Plan | None = None
         self._pipeline: Pipeline | None = None
         self._queues: GradientQueues | None = None
+        self._evaluation: Evaluation | None = None
         self._seed = 0
         self._num_steps = 0
 
@@ -179,7 +182,8 @@ class DelayedMPStrategy(DDPStrategy):
             assert self.cluster_environment is not None
             timeout = self._timeout or default_pg_timeout
             over_nccl = self._get_process_group_backend() == "nccl"
-            self._world = World(self.cluster_environment.main_address, timeout)
+            if self._world is None:
+                self._world = World(self.cluster_environment.main_address, timeout)
             self._transport = Transport(self.stage, self._stage_ranks, self.root_device, timeout, over_nccl)
 
     @override
@@ -188,14 +192,17 @@ class DelayedMPStrategy(DDPStrategy):
             assert self.lightning_module is not None
             check_supported(trainer, self.lightning_module, self._virtual, self._backward)
             self._reset_pipeline()
-            install_loops(trainer)
             self._layer_sync = None  # the statistics of a stage are those of its replica; there is one replica
         if self.data_parallel_size == 1:  # all processes see the data as a single one would
             trainer._accelerator_connector.use_distributed_sampler = False
         if self.num_stages > 1:
+            self._pipeline = self._evaluation = None
+            assert self.lightning_module is not None
+            self._interception = Interception(self.lightning_module)
             self._share_randomness()
+            install_loops(trainer)
+            self._learned = Learned(self.lightning_module)
             if self.data_parallel_size == 1:
-                assert self.lightning_module is not None
                 keep_metrics_local(self.lightning_module)
         super().setup(trainer)
 
@@ -275,6 +282,8 @@ class DelayedMPStrategy(DDPStrategy):
             backward=self._backward,
             seed=self._seed,
         )
+        self._interception.use(self._pipeline.runner)
+        self._evaluation = None  # what was planned with the whole model
 
     def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
         module = self.lightning_module
@@ -282,11 +291,11 @@ class DelayedMPStrategy(DDPStrategy):
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         args = (batch, batch_idx) if takes_index else (batch,)
 
-        def step() -> Any:
-            with self.precision_plugin.train_step_context():
+        def step(want: Callable[..., None]) -> Any:
+            with self.precision_plugin.train_step_context(), logging_nothing(module, want, with_loggers=True):
                 return module.training_step(*args)
 
-        with torch.enable_grad(), logging_nothing(module, with_loggers=True):
+        with torch.enable_grad():
             trace = trace_step(step, module, self.root_device, readers=(Metric,))
         return make_plan(trace, module, self.num_stages, self._split_at)
 
@@ -403,6 +412,87 @@ class DelayedMPStrategy(DDPStrategy):
         self.flush()
         if self._pipeline is not None:
             self._pipeline.close()
+            self._interception.use(None)
+
+    # ----- evaluation
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("validation_step", self.precision_plugin.val_step_context, args, kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("test_step", self.precision_plugin.test_step_context, args, kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("predict_step", self.precision_plugin.predict_step_context, args, kwargs)
+
+    def _evaluate(self, name: str, context: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.lightning_module
+        assert module is not None
+
+        def step() -> Any:
+            with context():
+                return getattr(module, name)(*args, **kwargs)
+
+        if self._world is None or self._transport is None:
+            return getattr(super(), name)(*args, **kwargs)
+        if self._evaluation is None:
+            self._evaluation = Evaluation(
+                module,
+                self._pipeline,
+                self._interception,
+                self._transport,
+                self._world,
+                self._stage_ranks,
+                self.stage,
+                self.root_device,
+                self._seed,
+            )
+        dataloader_idx = args[2] if len(args) > 2 else 0
+        return self._evaluation.run((name, dataloader_idx), step)
+
+    @override
+    def on_validation_end(self) -> None:
+        self._end_evaluation()
+
+    @override
+    def on_test_end(self) -> None:
+        self._end_evaluation()
+
+    @override
+    def on_predict_end(self) -> None:
+        self._end_evaluation()
+
+    def _end_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.end()
+
+    # ----- what code behind the network has left on the last stage
+
+    def share_state(self) -> None:
+        """Give all stages the attributes of the module that the steps have changed on the last one."""
+        if self._world is not None:
+            self._learned.apply(self._share(self._learned.changes(), "the end of an epoch"))
+
+    def share_results(self, results: Any = None) -> Any:
+        """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
+
+        Of values that a stage has logged itself too the last stage's count.
+        """
+        if self._world is None or self.lightning_module is None:
+            return results
+        connector = self.lightning_module.trainer._logger_connector
+        mine = connector.callback_metrics, connector.logged_metrics, connector.progress_bar_metrics
+        theirs, results = self._share((mine, results), "the metrics")
+        for metrics, values in zip(mine, theirs):
+            metrics.update(values)  # type: ignore[attr-defined]
+        return results
+
+    def _share(self, nest: Any, what: str) -> Any:
+        assert self._world is not None
+        return self._world.share(nest, what, self._stage_ranks, self._stage_ranks[-1], self.root_device)
 
     # ----- collectives: replicas average and gather, the world waits and decides
 
@@ -468,15 +558,13 @@ class DelayedMPStrategy(DDPStrategy):
             self._transport.abort(reason)
             self._transport = None
         self._world.fail(reason)
+        self._world = None
 
     @override
     def teardown(self) -> None:
         if self._transport is not None:
             self._transport.close()
             self._transport = None
-        if self._world is not None:
-            self._world.leave()
-            self._world = None
         super().teardown()
 
     @classmethod

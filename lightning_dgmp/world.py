@@ -7,9 +7,11 @@ says with what. For objects, flags and the like; nothing in the steady state of 
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -19,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dgmp.nests import Form, join, leaves, split
+from lightning_dgmp.nests import Form, join, leaves, map_tensors, split
 
 __all__ = ["PeerError", "World"]
 
@@ -52,6 +54,8 @@ class World:
         dist.broadcast_object_list(port, 0)
         if self.rank != 0:
             self._store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
+        #: Take part no more; happens by itself at the end. Rank 0 waits a little for the others: it keeps the store.
+        self.leave = weakref.finalize(self, _leave, self._store, self.rank, self.size)
 
     def all_gather(self, item: Any, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
         """Give every process of ``ranks``, by default all, the ``item`` of each of them.
@@ -90,12 +94,14 @@ class World:
             return None
         return [nest if r == self.rank else self._receive(f, r, what) for r, f in zip(ranks, forms)]
 
-    def share(self, nest: Any, what: str, ranks: Sequence[int], source: int) -> Any:
-        """Give all ``ranks`` the ``nest`` of ``source``, its tensors on the host."""
+    def share(self, nest: Any, what: str, ranks: Sequence[int], source: int, device: torch.device) -> Any:
+        """Give all ``ranks`` the ``nest`` of ``source``, its tensors on the host, or on ``device`` if not there."""
         form, tensors = split(nest) if self.rank == source else (None, [])
         form = self.all_gather(form, what, ranks)[list(ranks).index(source)]
         if self.rank != source:
-            return self._receive(form, source, what)
+            forms = (leaf for leaf in leaves(form) if isinstance(leaf, Form))
+            received = self._receive(form, source, what)
+            return map_tensors(lambda tensor: tensor if next(forms).on_host else tensor.to(device), received)
         for rank in ranks:
             if rank != source:
                 self._send(tensors, rank, what)
@@ -128,28 +134,11 @@ class World:
         work.wait()
 
     def fail(self, reason: str) -> None:
-        """Let all others know that this process has failed, and why. Never raises."""
-        try:
+        """Let all others know that this process has failed, and why, and leave. Never raises."""
+        with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and all who wait have noticed
             if self._store.add("num_failures", 1) == 1:
                 self._store.set("failure", reason.encode())
-            self._leave(_LAST_WORDS)
-        except RuntimeError:
-            pass  # rank 0 is gone, and all who wait have noticed
-
-    def leave(self) -> None:
-        """Take part no more. Rank 0 waits for the others, because it keeps the store."""
-        self._leave(self.timeout.total_seconds())
-
-    def _leave(self, patience: float) -> None:
-        if self._store is None:
-            return
-        store, self._store = self._store, None
-        store.add("num_left", 1)
-        deadline = time.monotonic() + patience
-        while self.rank == 0 and store.add("num_left", 0) < self.size and time.monotonic() < deadline:
-            if store.check(["failure"]):
-                deadline = min(deadline, time.monotonic() + _LAST_WORDS)
-            time.sleep(0.02)
+        self.leave()
 
     def _get(self, key: str, rank: int, what: str) -> bytes:
         deadline = time.monotonic() + self.timeout.total_seconds()
@@ -171,6 +160,14 @@ class World:
     def _look_for_failure(self) -> None:
         if self._store.check(["failure"]):
             raise PeerError(self._store.get("failure").decode())
+
+
+def _leave(store: Any, rank: int, size: int) -> None:
+    with contextlib.suppress(RuntimeError):
+        store.add("num_left", 1)
+        deadline = time.monotonic() + _LAST_WORDS
+        while rank == 0 and store.add("num_left", 0) < size and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 class _Blocking:

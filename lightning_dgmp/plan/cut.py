@@ -121,7 +121,7 @@ class Cuts:
                 first_use[cut],
                 lambda v, cut=cut: heights[v] < cut,  # type: ignore[misc]
                 lambda call, cut=cut: _straddles(spans, call, cut),  # type: ignore[misc]
-                {v: math.inf for v in trace.alive if heights[v] < cut},
+                {v: time for v, time in trace.wanted.items() if heights[v] < cut},
             )
             self.nbytes[cut] = sum(trace.values[v].nbytes for v in crossing.appearances)
             if crossing.obstacle is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -15,7 +15,7 @@ from lightning_dgmp.plan.crossing import values_to_send
 from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts
 from lightning_dgmp.plan.trace import Trace
 
-__all__ = ["Event", "Plan", "Transfer", "make_plan"]
+__all__ = ["Event", "Plan", "Transfer", "make_evaluation_plan", "make_plan"]
 
 
 class Event(NamedTuple):
@@ -145,7 +145,19 @@ def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence
         positions = choose_cuts(cuts, num_stages)
     else:
         positions = _positions_of(cuts, root, num_stages, list(split_at))
-    return _lay_out(trace, cuts, root, positions)
+
+    def stage(height: int) -> int:
+        return bisect_right(positions, height)
+
+    bounds = [0, *positions, len(cuts.units)]
+    return _lay_out(
+        trace,
+        root,
+        [stage(height) for height in cuts.op_heights],
+        [stage(height) for height in cuts.value_heights],
+        {name: stage(cuts.unit_of[name]) if name in cuts.unit_of else num_stages - 1 for name in trace.parameters},
+        [sum(cuts.costs[a:b]) for a, b in pairwise(bounds)],
+    )
 
 
 def _positions_of(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[str]) -> list[int]:
@@ -190,20 +202,49 @@ def _positions_of(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[s
     return positions
 
 
-def _lay_out(trace: Trace, cuts: Cuts, root: nn.Module, positions: list[int]) -> Plan:
-    num_stages = len(positions) + 1
+def make_evaluation_plan(trace: Trace, root: nn.Module, training: Plan) -> Plan:
+    """Divide what ``trace`` shows as the parameters are divided already.
 
-    def stage(height: int) -> int:
-        return bisect_right(positions, height)
+    Args:
+        trace: Of a step without a backward.
+        root: The module that was traced.
+        training: Says where each parameter is.
 
-    op_stages = [stage(height) for height in cuts.op_heights]
-    value_stages = [stage(height) for height in cuts.value_heights]
-    unused = num_stages - 1
-    parameters = {name: stage(cuts.unit_of[name]) if name in cuts.unit_of else unused for name in trace.parameters}
+    Raises:
+        PlanError: If a value would have to travel back.
+    """
+    last = training.num_stages - 1
+    value_stages = [0] * len(trace.values)
+    op_stages: list[int] = []
+    for op in trace.ops:
+        stages = [value_stages[v] for v in op.inputs] + [training.stage_of(name)[0] for name in op.parameters]
+        stage = last if op.name == "read" else max(stages, default=0)
+        for name in op.parameters:
+            if training.stage_of(name)[0] < stage:
+                raise PlanError(
+                    f"`{trace.calls[op.call].path if op.call >= 0 else 'the step'}` uses `{name}` of stage"
+                    f" {training.stage_of(name)[0]} after stage {stage}, so a value would have to travel back"
+                )
+        op_stages.append(stage)
+        for v in op.outputs:
+            value_stages[v] = stage
+    parameters = {name: training.stage_of(name)[0] for name in trace.parameters}
+    costs = [0.0] * training.num_stages
+    return _lay_out(trace, root, op_stages, value_stages, parameters, costs)
 
+
+def _lay_out(
+    trace: Trace,
+    root: nn.Module,
+    op_stages: list[int],
+    value_stages: list[int],
+    parameters: dict[str, int],
+    costs: list[float],
+) -> Plan:
+    num_stages = len(costs)
     modules = _module_stages(trace, root, op_stages, parameters)
     visible = _visible_calls(trace, modules)
-    transfers, times = _transfers(trace, op_stages, value_stages, visible, modules)
+    transfers, times = _transfers(trace, op_stages, value_stages, visible, modules, num_stages - 1)
 
     # A stage is done after its last own call and the last value that it sends.
     latest: list[tuple[int, Event | None]] = [(-1, None)] * num_stages
@@ -214,7 +255,6 @@ def _lay_out(trace: Trace, cuts: Cuts, root: nn.Module, positions: list[int]) ->
         latest[transfer.source] = max(latest[transfer.source], (time, transfer.event), key=lambda x: x[0])
     last_events = [event for _, event in latest[:-1]] + [None]
 
-    bounds = [0, *positions, len(cuts.units)]
     summaries = []
     for k in range(num_stages):
         own = [trace.calls[i].path for i in sorted(visible) if modules[trace.calls[i].path] == k and trace.calls[i].ops]
@@ -223,7 +263,7 @@ def _lay_out(trace: Trace, cuts: Cuts, root: nn.Module, positions: list[int]) ->
             StageSummary(
                 own[0],
                 own[-1],
-                sum(cuts.costs[bounds[k] : bounds[k + 1]]),
+                costs[k],
                 sum(trace.parameters[name].numel for name, owner in parameters.items() if owner == k),
                 sum(t.nbytes for t in transfers if t.source == k),
             )
@@ -256,14 +296,18 @@ def _visible_calls(trace: Trace, modules: dict[str, int | None]) -> set[int]:
 
 
 def _transfers(
-    trace: Trace, op_stages: list[int], value_stages: list[int], visible: set[int], modules: dict[str, int | None]
+    trace: Trace,
+    op_stages: list[int],
+    value_stages: list[int],
+    visible: set[int],
+    modules: dict[str, int | None],
+    last: int,
 ) -> tuple[list[Transfer], list[int]]:
     first_use: dict[int, dict[int, float]] = {}  # stage -> value -> time
     for op, op_stage in zip(trace.ops, op_stages):
         for v in op.inputs:
             if op_stage > value_stages[v]:
                 first_use.setdefault(op_stage, {}).setdefault(v, op.time)
-    last = max(op_stages)
     first_use.setdefault(last, {})
     found: list[tuple[int, Transfer]] = []
     for target, uses in first_use.items():
@@ -272,7 +316,7 @@ def _transfers(
             uses,
             lambda v, target=target: value_stages[v] != target,  # type: ignore[misc]
             lambda call: call < 0 or (call in visible and modules[trace.calls[call].path] is None),
-            {v: math.inf for v in trace.alive if value_stages[v] < last} if target == last else {},
+            {v: time for v, time in trace.wanted.items() if value_stages[v] < last} if target == last else {},
         )
         if obstacle is not None:
             value = trace.values[obstacle]

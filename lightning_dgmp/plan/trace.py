@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +27,17 @@ from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_c
 from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead
 from lightning_dgmp.nests import leaves, tensors_in
 
-__all__ = ["Appearance", "Call", "Op", "ParameterInfo", "Trace", "Value", "attributes_kept", "trace_step"]
+__all__ = [
+    "Appearance",
+    "Call",
+    "Op",
+    "ParameterInfo",
+    "Trace",
+    "Value",
+    "attributes_kept",
+    "attributes_saved",
+    "trace_step",
+]
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,8 @@ class Trace:
     Attributes:
         stopped: Where and why the trace ended before the step did; ``None`` if it did not. What the step does after
             that point belongs to the last stage.
-        alive: Values that were still in reach at that point.
+        wanted: Values that the last stage should have if they can travel, and when: those that are logged, returned or
+            kept by the root module, and all that are in reach where the trace stopped.
         returned_none: Whether the step returned ``None``.
     """
 
@@ -108,17 +119,22 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     stopped: str | None = None
-    alive: list[int] = field(default_factory=list)
+    wanted: dict[int, float] = field(default_factory=dict)
     returned_none: bool = False
 
 
 def trace_step(
-    step: Callable[[], Any], root: nn.Module, device: torch.device, *, readers: tuple[type, ...] = ()
+    step: Callable[[Callable[..., None]], Any],
+    root: nn.Module,
+    device: torch.device,
+    *,
+    readers: tuple[type, ...] = (),
 ) -> Trace:
     """Run ``step`` with ghosts as the parameters of ``root`` and write down what happens.
 
     Args:
-        step: Runs the user's code on a real batch, for example ``training_step``.
+        step: Runs the user's code on a real batch, for example ``training_step``. Its argument is a function that takes
+            what is logged.
         root: The module whose submodules and parameters count.
         device: Where the parameters would be.
         readers: Module classes whose calls read the values of their arguments, such as metrics.
@@ -130,7 +146,9 @@ def trace_step(
     with _untouched(root, device), torch.compiler.set_stance("force_eager"):
         with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call), functions:
             try:
-                tracer.trace.returned_none = step() is None
+                returned = step(tracer.want)
+                tracer.trace.returned_none = returned is None
+                tracer.want(returned, *vars(root).values())
             except GhostRead as read:
                 tracer.stop(read)
     return tracer.trace
@@ -250,6 +268,12 @@ class _Tracer(GhostMode):
             self.trace.calls[call].ops.append(len(self.trace.ops) - 1)
         return op
 
+    def want(self, *nest: Any, **more: Any) -> None:
+        """Note that the last stage should have the values in ``nest``."""
+        for ghost in tensors_in((nest, more), Ghost):
+            if ghost.vid >= 0:
+                self.trace.wanted.setdefault(ghost.vid, self._tick())
+
     def stop(self, read: GhostRead) -> None:
         """End the trace at a read; what comes after it is the last stage's."""
         where = next(
@@ -260,7 +284,7 @@ class _Tracer(GhostMode):
         self._open.clear()
         self._checkpoints.forget()
         self._record("read", [read.ghost])
-        self.trace.alive = sorted({g.vid for ref in self._values if (g := ref()) is not None})
+        self.want(*(g for ref in self._values if (g := ref()) is not None))  # what follows may use any of them
         for call in self.trace.calls:
             call.end = call.end if call.end >= 0 else self._tick()
 
@@ -329,12 +353,22 @@ def _untouched(root: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def attributes_kept(root: nn.Module) -> Iterator[None]:
     """Put the attributes and buffers of ``root`` and its submodules back to what they were."""
-    saved = [_save(module.__dict__) for module in root.modules()]
+    restore = attributes_saved(root)
     try:
         yield
     finally:
-        for restore in saved:
-            restore()
+        restore()
+
+
+def attributes_saved(root: nn.Module) -> Callable[[], None]:
+    """A function that puts the attributes and buffers of ``root`` and its submodules back to what they are now."""
+    saved = [_save(module.__dict__) for module in root.modules()]
+
+    def restore() -> None:
+        for one in saved:
+            one()
+
+    return restore
 
 
 def _numpy_random() -> Any:
@@ -343,8 +377,8 @@ def _numpy_random() -> Any:
     return numpy.random
 
 
-def _save(attributes: dict[str, Any]) -> Callable[[], None]:
-    """A function that restores the items of ``attributes``, two levels of containers deep."""
+def _save(attributes: dict[str, Any], depth: int = 0) -> Callable[[], None]:
+    """A function that restores the items of ``attributes``: two levels of containers, also in the user's objects."""
     undo: list[Callable[[], None]] = [_save_container(attributes)]
     for value in attributes.values():
         if isinstance(value, (dict, list, set, deque)):
@@ -353,6 +387,8 @@ def _save(attributes: dict[str, Any]) -> Callable[[], None]:
                         if _is_plain(item))  # fmt: skip
         elif _is_plain(value):
             undo.append(_save_tensor(value))
+        elif depth == 0 and _is_of_the_user(value):
+            undo.append(_save(vars(value), depth + 1))
 
     def restore() -> None:
         for step in undo:
@@ -363,6 +399,16 @@ def _save(attributes: dict[str, Any]) -> Callable[[], None]:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _is_of_the_user(value: Any) -> bool:
+    if (
+        isinstance(value, (nn.Module, type, ModuleType))
+        or callable(value)
+        or not isinstance(getattr(value, "__dict__", None), dict)
+    ):
+        return False
+    return type(value).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "torch", "torchmetrics")
 
 
 def _save_container(container: Any) -> Callable[[], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -108,13 +108,8 @@ class StageRunner:
             forward.message(source)  # also those that nothing asked for
         stop = self.stop_requested if self.stage == 0 else any(message.stop for message in record.received.values())
         self.stop_agreed |= stop
-        for target, count in self._wiring.targets.items():
-            sent = [record.exits.get((target, slot)) for slot in range(count)]
-            tensors = [None if t is None else t.detach() for t in sent]
-            # Without a graph yet, what the first batch showed must do.
-            planned = self._wiring.differentiable[target]
-            wants = planned if graph_later else [t is not None and t.requires_grad for t in sent]
-            self.transport.send(ACTIVATIONS, target, Message(batch, stop, tensors, differentiable=wants))
+        # Without a graph yet, what the first batch showed must do.
+        self._send_exits(record, stop, self._wiring.differentiable if graph_later else None)
         if graph_later:
             record.exits.clear()
         else:
@@ -122,6 +117,35 @@ class StageRunner:
         self.num_forwards += 1
         self.in_flight.append(record)
         return result
+
+    def evaluate(self, step: Callable[[], Any]) -> Any:
+        """Run this stage's part of a ``step`` that has no backward.
+
+        If the step fails here the messages are exchanged nevertheless, so that another one can follow.
+
+        Returns:
+            What ``step`` returned on the last stage, ``None`` on the others.
+        """
+        record = InFlight(self.num_forwards, step, {})
+        forward = self._forward_of(record, keeps_inputs=False)
+        try:
+            return self._run(forward)
+        finally:
+            for source in self._wiring.sources:
+                forward.message(source)
+            self._send_exits(record, False)
+            self.num_forwards += 1
+
+    def _send_exits(
+        self, record: InFlight, stop: bool, differentiable: Mapping[int, Sequence[bool]] | None = None
+    ) -> None:
+        for target, count in self._wiring.targets.items():
+            sent = [record.exits.get((target, slot)) for slot in range(count)]
+            tensors = [None if t is None else t.detach() for t in sent]
+            wants = (
+                [t is not None and t.requires_grad for t in sent] if differentiable is None else differentiable[target]
+            )
+            self.transport.send(ACTIVATIONS, target, Message(record.batch, stop, tensors, differentiable=wants))
 
     @property
     def due(self) -> bool:

@@ -38,7 +38,7 @@ def one_giant() -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def cuts_of(module: nn.Module, args: tuple[Any, ...]) -> Cuts:
-    return Cuts(trace_step(lambda: module(*args), module, CPU))
+    return Cuts(trace_step(lambda _: module(*args), module, CPU))
 
 
 @pytest.mark.parametrize("make", [transformer, uneven, one_giant])
@@ -56,7 +56,7 @@ def test_the_slowest_stage_is_the_optimum_of_brute_force(make: Callable[..., Any
 
 def test_a_transformer_is_cut_between_its_parts_and_evenly() -> None:
     module, args = transformer()
-    plan = make_plan(trace_step(lambda: module(*args), module, CPU), module, 4)
+    plan = make_plan(trace_step(lambda _: module(*args), module, CPU), module, 4)
     costs = [stage.cost for stage in plan.stages]
     assert max(costs) < 1.15 * sum(costs) / 4
 
@@ -87,7 +87,7 @@ def test_no_cut_through_a_value_that_nobody_can_name() -> None:
 
 def test_stage_of_and_table() -> None:
     module = models.MLP(depth=2)
-    trace = trace_step(lambda: module(torch.randn(4, 8)), module, CPU)
+    trace = trace_step(lambda _: module(torch.randn(4, 8)), module, CPU)
     plan = make_plan(trace, module, 2, split_at=["hidden.1"])
     assert plan.num_stages == 2
     assert [plan.stage_of(name) for name in ("inp.weight", "hidden.0.bias", "hidden.1.bias", "out.bias")] == [
@@ -105,7 +105,7 @@ def test_stage_of_and_table() -> None:
 def test_the_plan_is_the_same_every_time_and_differs_with_the_cut() -> None:
     def digest(split_at: list[str]) -> str:
         module = models.MLP(depth=2)
-        return make_plan(trace_step(lambda: module(torch.randn(4, 8)), module, CPU), module, 2, split_at).digest()
+        return make_plan(trace_step(lambda _: module(torch.randn(4, 8)), module, CPU), module, 2, split_at).digest()
 
     assert digest(["hidden.1"]) == digest(["hidden.1"]) != digest(["hidden.0"])
 
@@ -113,5 +113,5 @@ def test_the_plan_is_the_same_every_time_and_differs_with_the_cut() -> None:
 def test_a_u_nets_skips_go_straight_to_where_they_are_needed() -> None:
     module = models.UNet()
     batch = (torch.randn(2, 1, 8, 8), None)
-    plan = make_plan(trace_step(lambda: module.loss(batch), module, CPU), module, 4, ["down_3", "up_2", "up_1"])
+    plan = make_plan(trace_step(lambda _: module.loss(batch), module, CPU), module, 4, ["down_3", "up_2", "up_1"])
     assert plan.edges() == [(0, 1), (0, 2), (0, 3), (1, 2), (2, 3)]

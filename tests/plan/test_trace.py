@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def trace(module: nn.Module, *args: Any) -> Trace:
-    return trace_step(lambda: module(*args), module, CPU)
+    return trace_step(lambda _: module(*args), module, CPU)
 
 
 class Stateful(nn.Module):
@@ -125,7 +125,7 @@ def test_metrics_are_not_updated() -> None:
             return x
 
     module = Measured()
-    seen = trace_step(lambda: module(torch.randn(2, 4)), module, CPU, readers=(Metric,))
+    seen = trace_step(lambda _: module(torch.randn(2, 4)), module, CPU, readers=(Metric,))
     assert "MulticlassAccuracy" in (seen.stopped or "")
     assert module.accuracy.update_count == 0
 

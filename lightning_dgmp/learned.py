@@ -1,0 +1,76 @@
+"""What the steps leave behind on the last stage, for the hooks that run on all stages.
+
+Code behind the network runs on the last stage alone: it updates metrics, appends to lists, counts. When an epoch is
+over the others get what it left, so that ``on_validation_epoch_end`` and the like find the same state everywhere.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_dgmp.nests import leaves
+
+__all__ = ["Learned"]
+
+_PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), numpy.ndarray, numpy.generic)
+_Attributes = dict[tuple[str, str], Any]
+
+
+class Learned:
+    """The plain attributes of a LightningModule and of its metrics, as far as they have changed.
+
+    Attributes count that are tensors, arrays, numbers or strings, or nests of these.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+        self._marks = {key: _marks(value) for key, value in self._attributes()}
+
+    def changes(self) -> _Attributes:
+        """What has changed since the last call, by module path and attribute."""
+        now = dict(self._attributes())
+        changed = {key: value for key, value in now.items() if not _is_same(self._marks.get(key), value)}
+        self._marks = {key: _marks(value) for key, value in now.items()}
+        return changed
+
+    def apply(self, changes: _Attributes) -> None:
+        """Set the attributes that another stage has sent."""
+        for (path, name), value in changes.items():
+            self._module.get_submodule(path).__dict__[name] = value
+
+    def _attributes(self) -> Iterator[tuple[tuple[str, str], Any]]:
+        internal = vars(LightningModule()).keys()
+        for path, module in self._module.named_modules():
+            if path and not isinstance(module, (Metric, MetricCollection)):
+                continue
+            skip = vars(nn.Module()).keys() if path else internal
+            for name, value in vars(module).items():
+                if name not in skip and all(isinstance(leaf, _PLAIN) for leaf in leaves(value)):
+                    yield (path, name), value
+
+
+def _marks(value: Any) -> list[Any]:
+    """What tells whether ``value`` is still the same, without keeping its tensors."""
+    return [(weakref.ref(leaf), _version(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves(value)]
+
+
+def _is_same(marks: list[Any] | None, value: Any) -> bool:
+    items = leaves(value)
+    return marks is not None and len(marks) == len(items) and all(map(_is_same_leaf, marks, items))
+
+
+def _is_same_leaf(mark: Any, leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return isinstance(mark, tuple) and mark[0]() is leaf and mark[1] == _version(leaf) is not None
+    return type(mark) is type(leaf) and bool(numpy.array_equal(mark, leaf))
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
