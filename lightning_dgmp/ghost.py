@@ -194,7 +194,7 @@ class GhostMode:
         if name in _NOISE and self.draws_noise:  # depends on nothing but the shape, so it is no one's value
             return func(*map_tensors(_shell, args), **map_tensors(_shell, dict(kwargs)))
 
-        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
         out = kwargs.get("out")
         for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
             if isinstance(target, Tensor) and not isinstance(target, Ghost):

@@ -15,14 +15,14 @@ from torchmetrics import Metric
 from lightning_dgmp.ghost import Ghost
 from lightning_dgmp.nests import tensors_in
 
-__all__ = ["keep_metrics_local", "logging_nothing", "logging_what_is_here"]
+__all__ = ["confine_metrics", "logging_nothing", "logging_what_is_here"]
 
 
-def keep_metrics_local(module: nn.Module) -> None:
-    """Let the metrics of ``module`` ask no other process: a training step updates them on the last stage alone."""
+def confine_metrics(module: nn.Module, group: Any) -> None:
+    """Let the metrics of ``module`` ask the processes of ``group`` alone, those that see different data."""
     for child in module.modules():
-        if isinstance(child, Metric):
-            child.sync_on_compute = False
+        if isinstance(child, Metric) and child.process_group is None:
+            child.process_group = group
 
 
 @contextmanager

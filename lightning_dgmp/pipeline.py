@@ -37,6 +37,7 @@ class Interception:
         self._runner = runner
         if runner is not None:
             self._stack.enter_context(intercepted_calls(self._module, runner.on_call, runner.watched))
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # compilers cannot read ghosts
 
 
 class Pipeline:

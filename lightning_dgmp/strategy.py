@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, _augment_message
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -26,12 +27,14 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_plan
+from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import install_loops
-from lightning_dgmp.metrics import keep_metrics_local, logging_nothing, logging_what_is_here
+from lightning_dgmp.metrics import confine_metrics, logging_nothing, logging_what_is_here
+from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
@@ -94,6 +97,8 @@ class DelayedMPStrategy(DDPStrategy):
         self._world: World | None = None
         self._transport: Transport | None = None
         self._feed: Feed | None = None
+        self._answer: tuple[Callable[[Any], Any], bool] | None = None
+        self._undo_callbacks: Callable[[], None] = _nothing
         self._reset_pipeline()
 
     def _reset_pipeline(self) -> None:
@@ -202,8 +207,10 @@ class DelayedMPStrategy(DDPStrategy):
             self._share_randomness()
             install_loops(trainer)
             self._learned = Learned(self.lightning_module)
-            if self.data_parallel_size == 1:
-                keep_metrics_local(self.lightning_module)
+            if self._is_pipeline:
+                if trainer.state.fn == TrainerFn.FITTING:
+                    self._undo_callbacks = adapt_callbacks(trainer, self)
+                confine_metrics(self.lightning_module, self.device_mesh.get_group("replica"))
         super().setup(trainer)
 
     @override
@@ -293,7 +300,7 @@ class DelayedMPStrategy(DDPStrategy):
 
         def step(want: Callable[..., None]) -> Any:
             with self.precision_plugin.train_step_context(), logging_nothing(module, want, with_loggers=True):
-                return module.training_step(*args)
+                return module.training_step(*map_leaves(_copy_tensor, args))
 
         with torch.enable_grad():
             trace = trace_step(step, module, self.root_device, readers=(Metric,))
@@ -321,7 +328,10 @@ class DelayedMPStrategy(DDPStrategy):
             again = runner.num_forwards > number
             logging = logging_nothing(module) if again else logging_what_is_here(module, runner.is_last)
             with self.precision_plugin.train_step_context(), logging:
-                return module.training_step(*args, **kwargs)
+                return module.training_step(*fresh(args), **fresh(kwargs))
+
+        # A step may take its batch apart; where it runs twice, it may not even change the tensors.
+        fresh = partial(map_leaves, _copy_tensor if self._backward != "stash" else _same)
 
         number = runner.num_forwards
         result = runner.forward(step)
@@ -377,6 +387,9 @@ class DelayedMPStrategy(DDPStrategy):
         The learning rate stays as it is. All stages must call it at the same iteration.
         """
         runner, queues = self.runner, self._queues
+        # Hooks may set the next learning rate in each of these steps, of which a stage has some or none.
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         if queues is not None:
             while not queues.empty:
                 self._flush_step(queues.drain)
@@ -384,6 +397,8 @@ class DelayedMPStrategy(DDPStrategy):
             while runner.in_flight:
                 self._flush_step(lambda: runner.backward(_no_loss))
             runner.end_flush()
+        for group, values in zip(groups, before):
+            group.update(values)
 
     def _flush_step(self, backward: Callable[[], None]) -> None:
         module = self.lightning_module
@@ -434,7 +449,7 @@ class DelayedMPStrategy(DDPStrategy):
 
         def step() -> Any:
             with context():
-                return getattr(module, name)(*args, **kwargs)
+                return getattr(module, name)(*map_leaves(_copy_tensor, args), **kwargs)
 
         if self._world is None or self._transport is None:
             return getattr(super(), name)(*args, **kwargs)
@@ -498,11 +513,11 @@ class DelayedMPStrategy(DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return super().reduce(tensor, group or self._replica_group(), reduce_op)
+        return super().reduce(tensor, self._replica_group(group), reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return super().all_gather(tensor, group or self._replica_group(), sync_grads)
+        return super().all_gather(tensor, self._replica_group(group), sync_grads)
 
     @override
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -512,9 +527,22 @@ class DelayedMPStrategy(DDPStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._answer is not None:
+            answer, once = self._answer
+            self._answer = None if once else self._answer
+            return answer(obj)
         if self._world is None:
             return super().broadcast(obj, src)
         return self._world.all_gather(obj if self.global_rank == src else None, f"a broadcast of rank {src}")[src]
+
+    @contextmanager
+    def answering_broadcasts(self, answer: Callable[[Any], Any], once: bool = False) -> Iterator[None]:
+        """Let ``broadcast(obj)`` return ``answer(obj)`` without asking other processes, all or the first of them."""
+        self._answer = answer, once
+        try:
+            yield
+        finally:
+            self._answer = None
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -523,8 +551,11 @@ class DelayedMPStrategy(DDPStrategy):
         votes = self._world.all_gather(bool(decision), "a decision")
         return min(votes) if all else max(votes)
 
-    def _replica_group(self) -> Any:
-        return self.device_mesh.get_group("replica") if self._is_pipeline else None
+    def _replica_group(self, group: Any) -> Any:
+        """The processes that see different data, for all processes, which Lightning names explicitly."""
+        if self._is_pipeline and (group is None or group is dist.group.WORLD):
+            return self.device_mesh.get_group("replica")
+        return group
 
     # ----- checkpoints
 
@@ -547,6 +578,14 @@ class DelayedMPStrategy(DDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        _augment_message(
+            exception,
+            pattern=".*more than one element of the written-to tensor refers to a single memory location.*",
+            new_message=(
+                "A hook or callback may change parameters of its own stage alone, but it wrote into one of another"
+                " stage. Averages of weights and the like are not supported yet: remove them, or use another strategy."
+            ),
+        )
         if self._world is None:
             return
         if isinstance(exception, PeerError):
@@ -562,6 +601,7 @@ class DelayedMPStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
+        self._undo_callbacks()
         if self._transport is not None:
             self._transport.close()
             self._transport = None
@@ -581,6 +621,17 @@ class DelayedMPStrategy(DDPStrategy):
                 description=f"Pipeline model parallelism with delayed gradients, `start_method` '{start_method}'",
                 start_method=start_method,
             )
+
+
+def _nothing() -> None: ...
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
+def _copy_tensor(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _no_loss() -> None:

@@ -123,7 +123,8 @@ class Transport:
             raise self._failure(broken, direction, stage, batch) from None
         if message.batch != batch or message.flush != flush:
             ours, theirs = (
-                f"at the end after batch {b}" if f else f"in batch {b}" for b, f in ((batch, flush), message[::3])
+                f"at the end after batch {b}" if f else f"in batch {b}"
+                for b, f in ((batch, flush), (message.batch, message.flush))
             )
             raise PeerError(
                 f"All processes must see the same batches, but {self.me} is {ours} and {self._peers[stage]} is"

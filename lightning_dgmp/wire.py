@@ -26,7 +26,8 @@ class Message(NamedTuple):
 
     ``stop`` asks for, or announces, the end of training; ``flush`` says that there are no activations of this batch
     because the sender is about to run its outstanding backwards; ``differentiable`` says for which tensors the sender
-    wants errors; ``extra`` is whatever else there is to say.
+    wants errors; ``extra`` is whatever else there is to say; ``mark`` announces that all stages do something after this
+    batch that stage 0 has decided on.
     """
 
     batch: int
@@ -35,6 +36,7 @@ class Message(NamedTuple):
     flush: bool = False
     differentiable: Sequence[bool] = ()
     extra: bytes = b""
+    mark: bool = False
 
 
 class Broken(Exception):
@@ -87,7 +89,7 @@ class Wire:
             else:
                 description.append(-1)
         inline = len(description) <= _HEADER - _FIXED
-        flags = message.stop | message.flush << 1
+        flags = message.stop | message.flush << 1 | message.mark << 2
         fixed = [_DATA, message.batch, flags, len(message.tensors), len(description), len(message.extra)]
         self._send_integers(fixed + (description if inline else []))
         if not inline:
@@ -130,7 +132,8 @@ class Wire:
             dist.recv(longer, self.rank, self.group)
             description = longer.tolist()
         wants_error: list[bool] = []
-        message = Message(batch, bool(flags & 1), [], bool(flags & 2), wants_error, self._receive_bytes(num_bytes))
+        stop, flush, mark = (bool(flags & bit) for bit in (1, 2, 4))
+        message = Message(batch, stop, [], flush, wants_error, self._receive_bytes(num_bytes), mark)
         event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
         return Arriving(message, event)
 

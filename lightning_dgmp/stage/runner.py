@@ -64,6 +64,7 @@ class StageRunner:
         self._flushed_at = 0
         self.stop_requested = False
         self.stop_agreed = False
+        self.is_marked = self._marks_next = False
         self.whole = False  # set while all parameters have their values on this process
         self.is_last = stage == plan.num_stages - 1
         self.own = {name: p for name, p in slots.parameters.items() if stage in plan.stage_of(name)}
@@ -106,8 +107,11 @@ class StageRunner:
             result = self._run(forward)
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
-        stop = self.stop_requested if self.stage == 0 else any(message.stop for message in record.received.values())
+        messages = record.received.values()
+        stop = self.stop_requested if self.stage == 0 else any(message.stop for message in messages)
         self.stop_agreed |= stop
+        self.is_marked = self._marks_next if self.stage == 0 else any(message.mark for message in messages)
+        self._marks_next = False
         # Without a graph yet, what the first batch showed must do.
         self._send_exits(record, stop, self._wiring.differentiable if graph_later else None)
         if graph_later:
@@ -136,6 +140,10 @@ class StageRunner:
             self._send_exits(record, False)
             self.num_forwards += 1
 
+    def mark_next(self) -> None:
+        """On stage 0: let ``is_marked`` be true on all stages after the next batch."""
+        self._marks_next = True
+
     def _send_exits(
         self, record: InFlight, stop: bool, differentiable: Mapping[int, Sequence[bool]] | None = None
     ) -> None:
@@ -145,7 +153,9 @@ class StageRunner:
             wants = (
                 [t is not None and t.requires_grad for t in sent] if differentiable is None else differentiable[target]
             )
-            self.transport.send(ACTIVATIONS, target, Message(record.batch, stop, tensors, differentiable=wants))
+            self.transport.send(
+                ACTIVATIONS, target, Message(record.batch, stop, tensors, differentiable=wants, mark=self.is_marked)
+            )
 
     @property
     def due(self) -> bool:

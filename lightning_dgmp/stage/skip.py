@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, looks_of
-from lightning_dgmp.nests import leaves, map_leaves
+from lightning_dgmp.nests import leaves, map_leaves, map_tensors
 from lightning_dgmp.plan.trace import attributes_kept
 
 __all__ = ["Skips"]
@@ -32,6 +32,8 @@ class Skips:
     ) -> Any:
         """What ``call(*args, **kwargs)`` would return, with ghosts made by ``origin`` for its tensors."""
         inputs = leaves((args, kwargs))
+        # What has arrived here for other ends must neither be waited for nor be changed.
+        args, kwargs = map_tensors(self._unbound, args), map_tensors(self._unbound, kwargs)
         key = (path, torch.is_grad_enabled(), looks_of((args, kwargs)))
         template = self._templates.get(key)
         if template is None:
@@ -39,12 +41,15 @@ class Skips:
             self._mode.draws_noise = False  # what happens inside of the module is its owner's
             try:
                 with attributes_kept(self._root.get_submodule(path)):  # they are the owner's to change
-                    template = _Template(call(*args, **kwargs), inputs)
+                    template = _Template(call(*args, **kwargs), leaves((args, kwargs)))
             finally:
                 self._mode.written_over, self._mode.draws_noise = set(), True
             if template.reusable:
                 self._templates[key] = template
         return template.fill(inputs, self._mode, origin)
+
+    def _unbound(self, tensor: Tensor) -> Tensor:
+        return self._mode.again(tensor, tensor.origin) if isinstance(tensor, Ghost) and tensor.bound else tensor
 
 
 class _Template:

@@ -1,0 +1,75 @@
+"""Lightning's callbacks that decide by the clock or by a metric, without asking all processes at every batch.
+
+:class:`Timer` and ``ModelCheckpoint(train_time_interval=...)`` broadcast a decision after each training batch, which
+would put all stages in lock-step. Here a stage whose time is up asks for the end, as any other code may, and the wish
+travels with the messages; and stage 0 marks the batch after which all stages save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+
+if TYPE_CHECKING:
+    from lightning_dgmp.strategy import DelayedMPStrategy
+
+__all__ = ["adapt_callbacks"]
+
+
+def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[], None]:
+    """Exchange ``on_train_batch_end`` of such callbacks.
+
+    Returns:
+        What undoes it.
+    """
+    adapted = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer):
+            callback.on_train_batch_end = _of_timer(callback, strategy)  # type: ignore[method-assign]
+        elif isinstance(callback, ModelCheckpoint):
+            callback.on_train_batch_end = _of_checkpoint(callback, strategy)  # type: ignore[method-assign]
+        else:
+            continue
+        adapted.append(callback)
+
+    def undo() -> None:
+        for callback in adapted:
+            vars(callback).pop("on_train_batch_end", None)
+
+    return undo
+
+
+def _of_timer(timer: Timer, strategy: DelayedMPStrategy) -> Callable[..., None]:
+    original = timer.on_train_batch_end
+
+    def on_train_batch_end(*args: Any, **kwargs: Any) -> None:
+        with strategy.answering_broadcasts(lambda mine: mine):
+            original(*args, **kwargs)
+
+    return on_train_batch_end
+
+
+def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> Callable[..., None]:
+    original = checkpoint.on_train_batch_end
+
+    def on_train_batch_end(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        runner, interval = strategy.runner, checkpoint._train_time_interval
+        assert runner is not None
+        every = checkpoint._every_n_train_steps
+        is_due = runner.is_marked or (every >= 1 and trainer.global_step % every == 0)
+        if is_due and checkpoint.monitor is not None:
+            strategy.share_results()
+        if interval is None:
+            original(trainer, *args, **kwargs)
+            return
+        with strategy.answering_broadcasts(lambda _: not runner.is_marked, once=True):
+            original(trainer, *args, **kwargs)
+        since = checkpoint._last_time_checked
+        if since is not None and time.monotonic() - since >= interval.total_seconds():
+            runner.mark_next()
+
+    return on_train_batch_end

@@ -1,0 +1,54 @@
+"""Modules after real projects: K processes do what K virtual stages in one process do, or refuse with a reason."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compat.harness import compare, whole_story
+from tests.compat.modules import ACCEPTED, REFUSED
+from tests.pool import Failure, WorkerPool
+
+# What refusals are raised as; anything else is a failure.
+REFUSALS = {"PlanError", "GhostError", "MisconfigurationException"}
+
+
+def stories(pool: WorkerPool, name: str, strategy: dict[str, Any] | None, devices: int, folder: Path) -> list[Any]:
+    """The story on each rank, or its :class:`~tests.pool.Failure`."""
+    return pool.try_run(whole_story, devices, name, strategy, devices, str(folder), timeout=120)
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_processes_do_what_virtual_stages_do(pool: WorkerPool, tmp_path: Path, name: str, num_stages: int) -> None:
+    case = ACCEPTED[name]
+    results = stories(pool, name, {"num_stages": num_stages}, num_stages, tmp_path / "processes")
+    failures = {rank: result for rank, result in enumerate(results) if isinstance(result, Failure)}
+    refusals = [failure.message for failure in failures.values() if failure.type in REFUSALS]
+    if case.may_work and refusals and all(failure.type in REFUSALS | {"PeerError"} for failure in failures.values()):
+        pytest.xfail(refusals[0])
+    assert not failures, "\n".join(f"rank {rank}:\n{failure.traceback}" for rank, failure in failures.items())
+    strategy = {"num_stages": num_stages, "virtual": True}
+    expected = stories(pool, name, strategy, 1, tmp_path / "virtual")[0]
+    assert not isinstance(expected, Failure), expected.traceback
+    compare(results[0], expected, case.tolerance)
+    assert len({str(result["validate"]) for result in results}) == 1
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(pool: WorkerPool, tmp_path: Path, name: str, num_stages: int) -> None:
+    case = REFUSED[name]
+    results = stories(pool, name, {"num_stages": num_stages}, num_stages, tmp_path / "processes")
+    if case.may_work and not any(isinstance(result, Failure) for result in results):
+        strategy = {"num_stages": num_stages, "virtual": True}
+        compare(results[0], stories(pool, name, strategy, 1, tmp_path / "virtual")[0], case.tolerance)
+        return
+    assert all(isinstance(result, Failure) for result in results), results
+    assert any(result.type in REFUSALS for result in results), results
+    assert case.refusal is not None
+    for rank, result in enumerate(results):
+        assert re.search(case.refusal, result.message), f"rank {rank} says: {result.traceback}"

@@ -1,0 +1,103 @@
+"""Callbacks decide alike on all stages, and without asking all of them at every batch."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+from torch import Tensor
+
+from lightning_dgmp.world import World
+from tests import models
+from tests.pool import WorkerPool
+from tests.training import fit
+
+
+class Slow(models.ValidatedMLP):
+    def loss(self, batch: Any) -> Tensor:
+        time.sleep(0.02)
+        return super().loss(batch)
+
+
+def fit_counting_collectives(make_callback: Any, num_stages: int, **kwargs: Any) -> Any:
+    """The step at which training ended, and what the stages asked one another for during training batches."""
+    asked: list[str] = []
+    all_gather = World.all_gather
+
+    def counting(self: World, item: Any, what: str, *args: Any) -> Any:
+        asked.append(what)
+        return all_gather(self, item, what, *args)
+
+    with patch.object(World, "all_gather", counting):
+        args = {"callbacks": [make_callback()], "enable_checkpointing": True, **kwargs}
+        outcome = fit(Slow, models.vectors, {"num_stages": num_stages}, num_stages, **args)
+    return outcome.global_step, asked
+
+
+def timer() -> Timer:
+    return Timer(timedelta(seconds=1))
+
+
+def test_a_timer_stops_all_stages_after_the_same_batch(pool: WorkerPool) -> None:
+    results = pool.run(fit_counting_collectives, 3, timer, 3, max_epochs=50, enable_checkpointing=False)
+    steps = {step for step, _ in results}
+    assert len(steps) == 1
+    assert 5 < steps.pop() < 1000
+    assert not any("broadcast" in what for what in results[0][1][20:-10])
+
+
+class Every:
+    """Makes a checkpoint callback in each process."""
+
+    def __init__(self, folder: Path, **arguments: Any) -> None:
+        self.folder, self.arguments = folder, arguments
+
+    def __call__(self) -> ModelCheckpoint:
+        return ModelCheckpoint(self.folder, filename="{step}", save_top_k=-1, **self.arguments)
+
+
+def test_checkpoints_by_the_clock(pool: WorkerPool, tmp_path: Path) -> None:
+    make = Every(tmp_path, train_time_interval=timedelta(seconds=0.5))
+    results = pool.run(fit_counting_collectives, 3, make, 3, max_epochs=3)
+    assert {step for step, _ in results} == {102}
+    saved = sorted(int(path.stem.split("=")[1]) for path in tmp_path.iterdir())
+    assert 2 <= len(saved) <= 12
+    assert not any("broadcast" in what for what in results[0][1][20:]), results[0][1]
+
+
+@pytest.mark.parametrize("monitor", ["loss", "val_loss"])
+def test_the_best_checkpoint_by_a_metric(pool: WorkerPool, tmp_path: Path, monitor: str) -> None:
+    arguments = {"monitor": monitor, "every_n_train_steps": 5, "save_top_k": 2}
+    names = []
+    for kind, num_processes in (("virtual", 1), ("processes", 3)):
+        results = pool.run(fit_to_save_the_best, num_processes, str(tmp_path / kind), arguments, kind == "virtual")
+        assert len({repr(best) for best in results}) == 1
+        names.append((sorted(path.name for path in (tmp_path / kind).iterdir()), results[0]))
+    assert names[0][0] == names[1][0]
+    assert names[0][1] == pytest.approx(names[1][1], rel=1e-5)
+
+
+def fit_to_save_the_best(folder: str, arguments: dict[str, Any], virtual: bool) -> Any:
+    checkpoint = ModelCheckpoint(folder, filename="{step}", **arguments)
+    strategy = {"num_stages": 3, "virtual": virtual}
+    args: dict[str, Any] = {"callbacks": [checkpoint], "enable_checkpointing": True, "val_check_interval": 10}
+    args["make_val_loader"] = models.vectors
+    fit(models.ValidatedMLP, models.vectors, strategy, 1 if virtual else 3, **args)
+    assert checkpoint.best_model_score is not None
+    return checkpoint.best_model_score.item()
+
+
+def rates_seen(virtual: bool) -> Any:
+    args = {"callbacks": [LearningRateMonitor("step")], "module_args": {"optimizer": "adamw"}}
+    strategy = {"num_stages": 3, "virtual": virtual}
+    outcome = fit(models.MLP, models.vectors, strategy, 1 if virtual else 3, **args)
+    return [row["lr-AdamW/pg1"] for _, row in outcome.rows if "lr-AdamW/pg1" in row]
+
+
+def test_the_learning_rate_monitor(pool: WorkerPool) -> None:
+    assert pool.run(rates_seen, 3, False)[0] == pool.run(rates_seen, 1, True)[0]
