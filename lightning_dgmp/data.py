@@ -48,7 +48,8 @@ class Feed:
     def wrap(self, loader: Any) -> Any:
         """What takes the place of ``loader``, which must be of the same kind on all stages."""
         length = self.share(sized_len(loader) if self.loads else None, "the length of a data loader")
-        return _SharedLoader(loader, length, self)
+        is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        return (_StatefulSharedLoader if is_stateful else _SharedLoader)(loader, length, self)
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """The batches of ``loader`` on stage 0, on every stage."""
@@ -103,13 +104,22 @@ class _SharedLoader:
         return int(self._length)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.__dict__["_loader"], name)
-        if name == "state_dict":
-            return lambda: self._feed.share(value() if self._feed.loads else None, "the state of a data loader")
-        return value
+        return getattr(self.__dict__["_loader"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._loader, name, value)
+
+
+class _StatefulSharedLoader(_SharedLoader):
+    """The state is that of stage 0."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._loader.state_dict() if self._feed.loads else None
+        return self._feed.share(state, "the state of a data loader")  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._feed.loads:
+            self._loader.load_state_dict(state_dict)
 
 
 def check_sampler(loader: Any, num_replicas: int, replica: int) -> None:

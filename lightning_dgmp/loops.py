@@ -17,6 +17,8 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_dgmp.wire import Stop
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -49,17 +51,28 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
     @property
     @override
     def done(self) -> bool:
-        runner = self._strategy.runner
-        if runner is not None:
-            if self.trainer.should_stop or self.trainer.received_sigterm:
-                runner.stop_requested = True
-            self.trainer.should_stop = runner.stop_agreed
+        self._pass_on_wishes_to_stop()
         return super().done
+
+    def _pass_on_wishes_to_stop(self) -> None:
+        """Ask all stages to end instead of ending this one, and end when all do."""
+        runner, signals = self._strategy.runner, self.trainer._signal_connector
+        if runner is not None:
+            if signals.received_sigterm:
+                runner.request_stop(Stop.TERMINATE)
+            elif self.trainer.should_stop:
+                runner.request_stop(Stop.END)
+            self.trainer.should_stop = runner.stop_agreed >= Stop.END
+            signals.received_sigterm = runner.stop_agreed >= Stop.TERMINATE
 
     @override
     def on_run_start(self, data_fetcher: Any) -> None:
-        if self.trainer.current_epoch > 0:  # the loader's first iterator exists already
-            self._strategy.align_randomness(self.trainer.current_epoch)
+        epoch = self.trainer.current_epoch
+        if epoch > 0:  # the loader's first iterator exists already
+            self._strategy.align_randomness(epoch)
+            resumes = self.restarting or getattr(self.trainer.fit_loop, "is_resuming", False)  # new in Lightning 2.6
+            if resumes and self.batch_progress.current.ready == 0:
+                iter(data_fetcher)  # between epochs the data begin as in a run that has gone on
         super().on_run_start(data_fetcher)
 
     @override
@@ -68,14 +81,16 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
 
     @override
     def on_advance_end(self, data_fetcher: Any) -> None:
+        self._pass_on_wishes_to_stop()
         if not self._should_check_val_fx(data_fetcher):
             super().on_advance_end(data_fetcher)
             return
         self._strategy.flush()
         super().on_advance_end(data_fetcher)
         runner = self._strategy.runner
-        if runner is not None:  # all stages are here anyway: a wish to stop, as of EarlyStopping, need not travel
-            runner.stop_agreed |= self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False)
+        # All stages are here anyway: a wish to stop, as of EarlyStopping, need not travel.
+        if runner is not None and self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False):
+            runner.stop_agreed = max(runner.stop_agreed, Stop.END)
 
 
 class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):

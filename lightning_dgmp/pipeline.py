@@ -55,6 +55,7 @@ class Pipeline:
         device: Where this stage lives.
         backward: What to keep of a batch until its backward.
         seed: Equal on all stages of the replica.
+        first_batch: How many batches have been trained on before.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Pipeline:
         device: torch.device,
         backward: BackwardMode,
         seed: int,
+        first_batch: int,
     ) -> None:
         ranks = dist.get_process_group_ranks(group)[::-1]
         stage = ranks.index(dist.get_rank())
@@ -75,7 +77,7 @@ class Pipeline:
         self._optimizers = [OptimizerShards(optimizer, slots, plan, stage, ranks, world) for optimizer in optimizers]
         transport.open(plan.edges())
         delay = delays_of(plan.num_stages)[stage]
-        self.runner = StageRunner(module, slots, plan, stage, delay, transport, backward, seed, device)
+        self.runner = StageRunner(module, slots, plan, stage, delay, transport, backward, seed, device, first_batch)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch import Trainer
@@ -49,6 +51,7 @@ from lightning_dgmp.world import PeerError, World
 __all__ = ["DelayedMPStrategy"]
 
 _HOST = torch.device("cpu")
+_KEY = "lightning_dgmp"  # of what we add to checkpoints
 
 
 class DelayedMPStrategy(DDPStrategy):
@@ -94,6 +97,7 @@ class DelayedMPStrategy(DDPStrategy):
         self._backward: BackwardMode = backward
         self._virtual = virtual
         self._device_mesh: DeviceMesh | None = None
+        self._loaded_seed: int | None = None
         self._world: World | None = None
         self._transport: Transport | None = None
         self._feed: Feed | None = None
@@ -234,8 +238,9 @@ class DelayedMPStrategy(DDPStrategy):
 
     def _share_randomness(self) -> None:
         """Put all stages in the random state of the last one; loading has one for itself from then on."""
-        state, self._seed = self.broadcast((RandomState.current(_HOST), torch.initial_seed()))
+        state, seed = self.broadcast((RandomState.current(_HOST), torch.initial_seed()))
         state.apply(_HOST)
+        self._seed = seed if self._loaded_seed is None else self._loaded_seed
         self._loading = OwnRandomness()
         if self._transport is not None:
             self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, self._of_stage_0)
@@ -288,6 +293,7 @@ class DelayedMPStrategy(DDPStrategy):
             self.root_device,
             backward=self._backward,
             seed=self._seed,
+            first_batch=module.trainer.global_step,
         )
         self._interception.use(self._pipeline.runner)
         self._evaluation = None  # what was planned with the whole model
@@ -572,6 +578,23 @@ class DelayedMPStrategy(DDPStrategy):
             if state is not None:
                 return state
         return super().optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.num_stages > 1:
+            checkpoint[_KEY] = {"seed": self._seed}  # from which the random numbers of all epochs and steps follow
+        is_plain = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
+        if not is_plain:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        elif self.is_global_zero:  # a kill at any moment leaves the previous file
+            partial_path = f"{filepath}.part"
+            super().save_checkpoint(checkpoint, partial_path, storage_options)
+            os.replace(partial_path, filepath)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        self._loaded_seed = checkpoint.get(_KEY, {}).get("seed")
 
     # ----- the end
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Wire"]
+__all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Stop", "Wire"]
 
 _DATA, CLOSE, ABORT = range(3)
 _HEADER = 64  # integers; longer descriptions follow in a message of their own
@@ -21,17 +22,25 @@ _DTYPES = [
 ]  # fmt: skip
 
 
+class Stop(IntEnum):
+    """How training is to end, if it is."""
+
+    NO = 0
+    END = 1
+    TERMINATE = 2
+
+
 class Message(NamedTuple):
     """What one stage tells another about one batch.
 
-    ``stop`` asks for, or announces, the end of training; ``flush`` says that there are no activations of this batch
-    because the sender is about to run its outstanding backwards; ``differentiable`` says for which tensors the sender
-    wants errors; ``extra`` is whatever else there is to say; ``mark`` announces that all stages do something after this
-    batch that stage 0 has decided on.
+    ``stop`` asks for, or announces, the end of training (a :class:`Stop`); ``flush`` says that there are no activations
+    of this batch because the sender is about to run its outstanding backwards; ``differentiable`` says for which
+    tensors the sender wants errors; ``extra`` is whatever else there is to say; ``mark`` announces that all stages do
+    something after this batch that stage 0 has decided on.
     """
 
     batch: int
-    stop: bool
+    stop: int
     tensors: list[Tensor | None]
     flush: bool = False
     differentiable: Sequence[bool] = ()
@@ -89,7 +98,7 @@ class Wire:
             else:
                 description.append(-1)
         inline = len(description) <= _HEADER - _FIXED
-        flags = message.stop | message.flush << 1 | message.mark << 2
+        flags = int(message.stop) << 2 | message.flush << 1 | message.mark
         fixed = [_DATA, message.batch, flags, len(message.tensors), len(description), len(message.extra)]
         self._send_integers(fixed + (description if inline else []))
         if not inline:
@@ -132,8 +141,8 @@ class Wire:
             dist.recv(longer, self.rank, self.group)
             description = longer.tolist()
         wants_error: list[bool] = []
-        stop, flush, mark = (bool(flags & bit) for bit in (1, 2, 4))
-        message = Message(batch, stop, [], flush, wants_error, self._receive_bytes(num_bytes), mark)
+        flush, mark = bool(flags & 2), bool(flags & 1)
+        message = Message(batch, flags >> 2, [], flush, wants_error, self._receive_bytes(num_bytes), mark)
         event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
         return Arriving(message, event)
 

@@ -21,7 +21,7 @@ from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
 from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Transport
-from lightning_dgmp.wire import Message
+from lightning_dgmp.wire import Message, Stop
 
 __all__ = ["BackwardMode", "StageRunner"]
 
@@ -43,6 +43,7 @@ class StageRunner:
             today's weights (Features Replay, Huo et al., NeurIPS 2018).
         seed: Equal on all stages of a replica.
         device: Where the stage lives.
+        first_batch: The number of the first batch.
     """
 
     def __init__(
@@ -56,14 +57,13 @@ class StageRunner:
         mode: BackwardMode,
         seed: int,
         device: torch.device,
+        first_batch: int = 0,
     ) -> None:
         self.root, self.slots, self.plan, self.stage, self.delay = root, slots, plan, stage, delay
         self.transport, self.mode, self.seed, self.device = transport, mode, seed, device
         self.in_flight: deque[InFlight] = deque()
-        self.num_forwards = 0
-        self._flushed_at = 0
-        self.stop_requested = False
-        self.stop_agreed = False
+        self.num_forwards = self._flushed_at = first_batch
+        self.stop_agreed = self._stop_requested = Stop.NO
         self.is_marked = self._marks_next = False
         self.whole = False  # set while all parameters have their values on this process
         self.is_last = stage == plan.num_stages - 1
@@ -108,8 +108,8 @@ class StageRunner:
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
         messages = record.received.values()
-        stop = self.stop_requested if self.stage == 0 else any(message.stop for message in messages)
-        self.stop_agreed |= stop
+        stop = self._stop_requested if self.stage == 0 else Stop(max(message.stop for message in messages))
+        self.stop_agreed = max(self.stop_agreed, stop)
         self.is_marked = self._marks_next if self.stage == 0 else any(message.mark for message in messages)
         self._marks_next = False
         # Without a graph yet, what the first batch showed must do.
@@ -137,15 +137,19 @@ class StageRunner:
         finally:
             for source in self._wiring.sources:
                 forward.message(source)
-            self._send_exits(record, False)
+            self._send_exits(record, Stop.NO)
             self.num_forwards += 1
+
+    def request_stop(self, stop: Stop) -> None:
+        """Let all stages end after the same batch, soon: the wish travels to stage 0, and its decision to all."""
+        self._stop_requested = max(self._stop_requested, stop)
 
     def mark_next(self) -> None:
         """On stage 0: let ``is_marked`` be true on all stages after the next batch."""
         self._marks_next = True
 
     def _send_exits(
-        self, record: InFlight, stop: bool, differentiable: Mapping[int, Sequence[bool]] | None = None
+        self, record: InFlight, stop: Stop, differentiable: Mapping[int, Sequence[bool]] | None = None
     ) -> None:
         for target, count in self._wiring.targets.items():
             sent = [record.exits.get((target, slot)) for slot in range(count)]
@@ -185,14 +189,14 @@ class StageRunner:
                 self._backward_from_errors(record)
         for source, count in self._wiring.sources.items():
             errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
-            self.transport.send(ERRORS, source, Message(record.batch, self.stop_requested, errors))
+            self.transport.send(ERRORS, source, Message(record.batch, self._stop_requested, errors))
 
     def _backward_from_errors(self, record: InFlight) -> None:
         roots: list[Tensor] = []
         errors: list[Tensor] = []
         for target, count in self._wiring.targets.items():
             message = self.transport.receive(ERRORS, target, record.batch)
-            self.stop_requested |= message.stop
+            self.request_stop(Stop(message.stop))
             for slot, error in enumerate(message.tensors[:count]):
                 root = record.exits.get((target, slot))
                 if root is not None and error is not None and root.requires_grad:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
 
+from lightning_dgmp import DelayedMPStrategy
 from tests import models
 from tests.pool import WorkerPool
 from tests.training import assert_equal, fit
@@ -61,3 +70,87 @@ def test_going_on_with_another_number_of_stages(pool: WorkerPool, tmp_path: Path
     virtual = {"num_stages": after, "virtual": True} if after > 1 else None
     expected = pool.run(fit_and_save, 1, str(tmp_path / "virtual"), virtual, 1, **arguments)[0]
     assert_equal(resumed, expected, 1e-5)
+
+
+class WithDropout(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.inp = nn.Sequential(self.inp, nn.Dropout(0.2))  # type: ignore[assignment]
+
+
+class Resumable:
+    """A loader that can begin in the middle, as that of torchdata."""
+
+    def __init__(self) -> None:
+        self.data = list(models.vectors())
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, self.position = self.position, 0
+        for i in range(begin, len(self.data)):
+            self.position = i + 1
+            yield self.data[i]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def shuffled() -> DataLoader:
+    return DataLoader(models.vectors().dataset, batch_size=8, shuffle=True)
+
+
+def fit_and_keep(folder: str, loader: Any, virtual: bool, **kwargs: Any) -> Any:
+    callback = ModelCheckpoint(folder, every_n_train_steps=17, save_top_k=-1, filename="{step}")
+    args = {"module_args": {"optimizer": "adamw"}, "enable_checkpointing": True, "max_epochs": 3, **kwargs}
+    strategy = {"num_stages": 2, "virtual": virtual}
+    return fit(WithDropout, loader, strategy, 1 if virtual else 2, callbacks=[callback], **args)
+
+
+# An epoch has 34 batches.
+@pytest.mark.parametrize(("loader", "step"), [(shuffled, 34), (shuffled, 68), (Resumable, 34), (Resumable, 51)])
+def test_resuming_is_going_on_bit_for_bit(pool: WorkerPool, tmp_path: Path, loader: Any, step: int) -> None:
+    whole = pool.run(fit_and_keep, 2, str(tmp_path / "whole"), loader, False)[0]
+    path = str(tmp_path / "whole" / f"step={step}.ckpt")
+    resumed = pool.run(fit_and_keep, 2, str(tmp_path / "on"), loader, False, ckpt_path=path, seed=99)[0]
+    assert resumed.rows == whole.rows[step:]
+    for name, value in whole.state.items():
+        torch.testing.assert_close(resumed.state[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [34, 68])
+def test_resuming_virtual_stages_is_going_on(pool: WorkerPool, tmp_path: Path, step: int) -> None:
+    whole = pool.run(fit_and_keep, 1, str(tmp_path / "whole"), shuffled, True)[0]
+    path = str(tmp_path / "whole" / f"step={step}.ckpt")
+    resumed = pool.run(fit_and_keep, 1, str(tmp_path / "on"), shuffled, True, ckpt_path=path, seed=99)[0]
+    assert resumed.rows == whole.rows[step:]
+
+
+def save_and_die(folder: str) -> None:
+    """Save once, then be killed in the middle of saving again."""
+    module = models.MLP(width=400)
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=DelayedMPStrategy(2, virtual=True), logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False, max_steps=2)  # fmt: skip
+    trainer.fit(module, models.vectors())
+    trainer.save_checkpoint(f"{folder}/last.ckpt")
+
+    def die(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with patch("os.replace", die):
+        trainer.save_checkpoint(f"{folder}/last.ckpt")
+
+
+def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=save_and_die, args=(str(tmp_path),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
