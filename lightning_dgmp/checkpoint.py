@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -40,7 +41,7 @@ class WeightShards:
         group: Any,
         world: World,
     ) -> None:
-        self._ranks, self._group, self._world = ranks, group, world
+        self._ranks, self._group, self._world, self._stage = ranks, group, world, stage
         self._owners = {name: plan.stage_of(name)[0] for name in slots.parameters}
         self._parameters = slots.parameters
         self._foreign = {name for name, owner in self._owners.items() if owner != stage}
@@ -57,10 +58,29 @@ class WeightShards:
             if name in self._foreign:
                 restore_storage(parameter)
             self._broadcast(parameter.data, self._owners[name])
-        for path, module in self._root.named_modules():
-            if (owner := self._modules.get(path)) is not None:
-                for buffer in module.buffers(recurse=False):
-                    self._broadcast(buffer.data, owner)
+        for stage in range(len(self._ranks)):
+            self._share_buffers(stage)
+
+    def _share_buffers(self, stage: int) -> None:
+        """Give every process the buffers of ``stage``, whose shapes may have changed; the last has those of no one."""
+        last = len(self._ranks) - 1
+        owned = {
+            (path, name): buffer
+            for path, module in self._root.named_modules()
+            if (last if (owner := self._modules.get(path)) is None else owner) == stage
+            for name, buffer in module._buffers.items()
+        }
+        device = next((b.device for b in self._root.buffers()), torch.device("cpu"))
+        shared = self._world.share(owned, "the collecting of buffers", self._ranks, self._ranks[stage], device)
+        if stage == self._stage:
+            return
+        for (path, name), value in shared.items():
+            buffers = self._root.get_submodule(path)._buffers
+            mine = buffers.get(name)
+            if mine is not None and value is not None and mine.shape == value.shape and mine.dtype == value.dtype:
+                mine.data.copy_(value)
+            else:
+                buffers[name] = value
 
     def _broadcast(self, tensor: Tensor, owner: int) -> None:
         dense = tensor.contiguous()
@@ -93,23 +113,29 @@ class OptimizerShards:
         world: World,
     ) -> None:
         self.optimizer, self._ranks, self._world = optimizer, ranks, world
+        self._slots, self._plan, self._stage = slots, plan, stage
         self._names: list[list[str]] = []
         self._own: list[str] = []
-        for param_group in optimizer.param_groups:
-            names = [slots.names[p] for p in param_group["params"]]
-            own = [name for name in names if stage in plan.stage_of(name)]
+        self._divide()
+
+    def _divide(self) -> None:
+        """Take what is of other stages out of the groups that are new, as those of finetuning callbacks."""
+        for param_group in self.optimizer.param_groups[len(self._names) :]:
+            names = [self._slots.names[p] for p in param_group["params"]]
+            own = [name for name in names if self._stage in self._plan.stage_of(name)]
             self._names.append(names)
             self._own += own
-            param_group["params"] = [slots.parameters[name] for name in own]
-        for name, parameter in slots.parameters.items():
-            if stage not in plan.stage_of(name):
-                optimizer.state.pop(parameter, None)
+            param_group["params"] = [self._slots.parameters[name] for name in own]
+        for name, parameter in self._slots.parameters.items():
+            if self._stage not in self._plan.stage_of(name):
+                self.optimizer.state.pop(parameter, None)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for all parameters in the user's order, on the collecting rank; ``{}`` elsewhere.
 
         All stages must call it.
         """
+        self._divide()
         local = self.optimizer.state_dict()
         mine = {self._own[i]: state for i, state in local["state"].items()}
         parts = self._world.gather(mine, "the collecting of the optimizer's state", self._ranks, self._ranks[-1])

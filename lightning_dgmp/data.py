@@ -71,7 +71,7 @@ class Feed:
                 except StopIteration:
                     break
             form, tensors = split(batch)
-            self._send(tensors, pickle.dumps(form))
+            self._send([t.detach().cpu().clone() for t in tensors], pickle.dumps(form))  # the step may change them
             yield batch
         self._send([], b"")
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Form", "join", "leaves", "map_leaves", "map_tensors", "split", "tensors_in"]
@@ -71,6 +72,14 @@ class Form:
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.dtype, self.on_host = tensor.shape, tensor.dtype, tensor.device.type == "cpu"
+        is_dense = tensor.layout == torch.strided and torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+        self.stride = tensor.stride() if is_dense and not tensor.is_contiguous() else None
+
+    def lay_out(self, tensor: Tensor) -> Tensor:
+        """The received ``tensor`` with the strides of the original."""
+        if self.stride is None:
+            return tensor
+        return torch.empty_strided(self.shape, self.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def split(nest: Any) -> tuple[Any, list[Tensor]]:
@@ -81,4 +90,4 @@ def split(nest: Any) -> tuple[Any, list[Tensor]]:
 def join(form: Any, tensors: Sequence[Any]) -> Any:
     """The opposite of :func:`split`."""
     rest = iter(tensors)
-    return map_leaves(lambda leaf: next(rest) if isinstance(leaf, Form) else leaf, form)
+    return map_leaves(lambda leaf: leaf.lay_out(next(rest)) if isinstance(leaf, Form) else leaf, form)

@@ -78,6 +78,12 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
                 f"{strategy} does not support averages of weights yet, because a process holds only those of its stage,"
                 f" but there is a `{type(callback).__name__}`. Remove it."
             )
+    for name, child in module.named_modules():
+        if not virtual and getattr(child, "max_norm", None) is not None:
+            raise MisconfigurationException(
+                f"{strategy} does not support modules that change their weights in the forward, but `{name}` has"
+                f" `max_norm={child.max_norm}`. Normalise what it returns instead."
+            )
     if virtual and backward != "stash":
         raise MisconfigurationException(
             f"`virtual=True` computes whole gradients at once, but `backward={backward!r}`. Use `backward='stash'`."

@@ -17,8 +17,11 @@ and has not been run by the tests of this project.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -134,13 +137,15 @@ class Transport:
 
     def abort(self, reason: str) -> None:
         """Tell all peers that this stage has failed, and why. Does not wait for long, and never raises."""
-        deaf = {stage for (_, stage), inbox in self._in.items() if not inbox.thread.is_alive()}
-        outboxes = [outbox for (_, stage), outbox in self._out.items() if stage not in deaf]
-        for outbox in outboxes:
+        for outbox in self._out.values():
             outbox.finish(ABORT, reason)
         deadline = time.monotonic() + 5
-        for outbox in outboxes:
+        for outbox in self._out.values():
             outbox.thread.join(max(deadline - time.monotonic(), 0))
+        for inbox in self._in.values():  # until the peers have answered: an exit with threads at work is an abort
+            inbox.end(timedelta(seconds=max(deadline - time.monotonic(), 0)))
+        threads = [box.thread for box in self._out.values()] + [box.thread for box in self._in.values()]
+        atexit.register(_end_at_once_if_any_lives, threads)
 
     def close(self) -> None:
         """End all channels, once every peer does the same."""
@@ -161,6 +166,14 @@ class Transport:
                 " processes must see the same number of batches."
             )
         return PeerError(f"{self.me} lost {peer} at the {direction} of batch {batch}: {broken}")
+
+
+def _end_at_once_if_any_lives(threads: list[threading.Thread]) -> None:
+    """Destructors of torch would abort the process if a thread still waits for a peer that does not answer."""
+    if any(thread.is_alive() for thread in threads):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class _Outbox:

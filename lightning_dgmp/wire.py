@@ -73,7 +73,17 @@ class Wire:
     # ----- sending
 
     def stage(self, message: Message) -> Staged:
-        """In the training thread: start the copy to the host, if there must be one."""
+        """In the training thread: start the copy to the host, if there must be one.
+
+        Raises:
+            TypeError: If a tensor is of a kind that cannot be sent.
+        """
+        for tensor in message.tensors:
+            if tensor is not None and (tensor.dtype not in _DTYPES or tensor.layout != torch.strided):
+                raise TypeError(
+                    f"Stages can exchange dense tensors of the usual dtypes, but one is {tensor.dtype} with layout"
+                    f" {tensor.layout}. Convert it in the data set or before it leaves its module."
+                )
         if self.stream is None:
             return Staged(message._replace(tensors=[t if t is None else t.contiguous() for t in message.tensors]), None)
         tensors: list[Tensor | None] = []

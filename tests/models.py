@@ -311,6 +311,37 @@ class Penalised(MLP):
         return F.cross_entropy(self.out(h), y) + penalty
 
 
+class KeepsAnEarlyValue(MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("early", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        self.early = x.detach().mean()
+        for layer in self.hidden:
+            x = layer(torch.tanh(x))
+        return self.out(x)
+
+
+class ChangesThings(MLP):
+    """The step takes its batch apart and changes it, and a module changes its argument."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.act = nn.ReLU(inplace=True)
+
+    def loss(self, batch: Any) -> Tensor:
+        batch = list(batch)
+        y = batch.pop()
+        batch[0].mul_(2)
+        h = self.inp(batch[0])
+        h = self.act(h)
+        for layer in self.hidden:
+            h = self.act(layer(h))
+        return F.cross_entropy(self.out(h), y)
+
+
 class Unfreezes(MLP):
     """All but the last layer is frozen on the first batches."""
 

@@ -56,6 +56,8 @@ class WorkerPool:
         while len(self._workers) < world_size:
             self._workers.append(_Worker())
         workers = self._workers[:world_size]
+        for worker in workers:
+            worker.wait_until_ready()
         port = free_port()
         for rank, worker in enumerate(workers):
             environment = {
@@ -101,7 +103,14 @@ class _Worker:
         self.process = context.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
         self.process.start()
         theirs.close()
-        self.replace_later = False
+        self.replace_later = self._is_ready = False
+
+    def wait_until_ready(self) -> None:
+        """Starting is slow on a busy machine, and no part of what a test measures."""
+        if not self._is_ready:
+            assert self.pipe.poll(180), "a worker did not start"
+            self.pipe.recv()
+            self._is_ready = True
 
     def stacks(self) -> str:
         assert self.process.pid is not None
@@ -121,7 +130,10 @@ def _work(pipe: Any, log: str) -> None:
     import torch
     import torch.distributed as dist
 
+    import lightning_dgmp  # noqa: F401
+
     torch.set_num_threads(1)
+    pipe.send("ready")
     while True:
         try:
             function, args, kwargs, environment = pipe.recv()
@@ -134,7 +146,7 @@ def _work(pipe: Any, log: str) -> None:
         except BaseException as error:
             result = Failure(error)
         clean = not any(thread.name.startswith("dgmp-") for thread in threading.enumerate())
-        if dist.is_initialized():
+        if dist.is_initialized() and clean:  # what is at work in a thread cannot be destroyed
             dist.destroy_process_group()
         for name in environment:
             os.environ.pop(name, None)

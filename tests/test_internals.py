@@ -6,12 +6,20 @@ import inspect
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.call import _interrupt
 from torch import nn
 
-from lightning_dgmp.loops import _DelayedEpochLoop, _DelayedFitLoop, install_loops
+from lightning_dgmp.loops import (
+    _DelayedEpochLoop,
+    _DelayedFitLoop,
+    _SharingEvaluationLoop,
+    _SharingPredictionLoop,
+    install_loops,
+)
 
 
 def test_a_modules_call_can_be_replaced_on_the_instance() -> None:
@@ -29,8 +37,15 @@ def test_recurrent_networks_keep_a_list_of_their_parameters() -> None:
 
 
 def test_the_loops_have_what_is_overridden() -> None:
-    for ours, theirs in ((_DelayedEpochLoop, _TrainingEpochLoop), (_DelayedFitLoop, _FitLoop)):
-        names = {n for c in (ours,) for n in vars(c) if not n.startswith("__")} - {"_broadcast_sigterm_tensor"}
+    own = {"_broadcast_sigterm_tensor", "_pass_on_wishes_to_stop"}
+    pairs = [
+        (_DelayedEpochLoop, _TrainingEpochLoop),
+        (_DelayedFitLoop, _FitLoop),
+        (_SharingEvaluationLoop, _EvaluationLoop),
+        (_SharingPredictionLoop, _PredictionLoop),
+    ]
+    for ours, theirs in pairs:
+        names = {n for n in vars(ours) if not n.startswith("__")} - own
         assert all(hasattr(theirs, name) for name in names), names
     advance = inspect.getsource(_TrainingEpochLoop.advance)
     collectives = [word for word in ("broadcast", "barrier", "all_reduce", "reduce(") if word in advance]
@@ -50,5 +65,6 @@ def test_the_loops_take_over_all_state() -> None:
 
 def test_the_trainer_has_what_is_set() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert trainer._signal_connector.received_sigterm is False
     assert trainer._accelerator_connector.use_distributed_sampler is True
     assert "strategy.on_exception" in inspect.getsource(_interrupt)

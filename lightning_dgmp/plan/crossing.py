@@ -51,14 +51,21 @@ def values_to_send(
             value = trace.values[v]
             if v in appearances and appearances[v].time < needed[v]:
                 continue
+            changes = [time for time in trace.changes.get(value.storage, ()) if time < needed[v]]
+            last_change = max(changes, default=-1)  # perhaps through a view of it
             seen = next(
-                (a for a in value.appearances if a.time < needed[v] and is_entered(trace.calls[a.call].parent)), None
+                (
+                    a
+                    for a in value.appearances
+                    if last_change < a.time < needed[v] and is_entered(trace.calls[a.call].parent)
+                ),
+                None,
             )
             if seen is not None:
                 appearances[v] = seen
                 continue
             op = trace.ops[value.op]
-            if op.parameters or op.in_place or not is_entered(op.call):
+            if op.parameters or op.in_place or not is_entered(op.call) or last_change > op.time:
                 if required:
                     obstacle = v if obstacle is None else obstacle
                 continue

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -67,6 +68,7 @@ class Value:
     op: int
     nbytes: int
     requires_grad: bool
+    storage: int
     appearances: list[Appearance] = field(default_factory=list)
 
 
@@ -112,6 +114,7 @@ class Trace:
         wanted: Values that the last stage should have if they can travel, and when: those that are logged, returned or
             kept by the root module, and all that are in reach where the trace stopped.
         returned_none: Whether the step returned ``None``.
+        changes: When the content of a storage was changed in place.
     """
 
     parameters: dict[str, ParameterInfo]
@@ -121,6 +124,7 @@ class Trace:
     stopped: str | None = None
     wanted: dict[int, float] = field(default_factory=dict)
     returned_none: bool = False
+    changes: dict[int, list[int]] = field(default_factory=dict)
 
 
 def trace_step(
@@ -179,6 +183,7 @@ class _Tracer(GhostMode):
         self._cost = _Cost()
         self._values: list[weakref.ref[Ghost]] = []
         self._checkpoints = _Checkpoints()
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other gets their address
 
     # ----- calls
 
@@ -250,7 +255,11 @@ class _Tracer(GhostMode):
             if ghost is changed or ghost.vid < 0:
                 ghost.vid = len(self.trace.values)
                 nbytes = ghost.fake.numel() * ghost.fake.element_size()
-                self.trace.values.append(Value(len(self.trace.ops) - 1, nbytes, ghost.needs_grad))
+                storage = self._storages.setdefault(ghost.fake.untyped_storage()._cdata, ghost.fake.untyped_storage())
+                value = Value(len(self.trace.ops) - 1, nbytes, ghost.needs_grad, storage._cdata)
+                self.trace.values.append(value)
+                if ghost is changed:
+                    self.trace.changes.setdefault(value.storage, []).append(op.time)
                 self._values.append(weakref.ref(ghost))
             op.outputs.append(ghost.vid)
 
@@ -379,7 +388,7 @@ def _numpy_random() -> Any:
 
 def _save(attributes: dict[str, Any], depth: int = 0) -> Callable[[], None]:
     """A function that restores the items of ``attributes``: two levels of containers, also in the user's objects."""
-    undo: list[Callable[[], None]] = [_save_container(attributes)]
+    undo: list[Callable[[], object]] = [_save_container(attributes)]
     for value in attributes.values():
         if isinstance(value, (dict, list, set, deque)):
             undo.append(_save_container(value))
@@ -387,6 +396,8 @@ def _save(attributes: dict[str, Any], depth: int = 0) -> Callable[[], None]:
                         if _is_plain(item))  # fmt: skip
         elif _is_plain(value):
             undo.append(_save_tensor(value))
+        elif isinstance(value, torch.Generator):
+            undo.append(partial(value.set_state, value.get_state()))
         elif depth == 0 and _is_of_the_user(value):
             undo.append(_save(vars(value), depth + 1))
 

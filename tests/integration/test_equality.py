@@ -50,6 +50,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "reentrant checkpoint": (models.ReentrantCheckpoint, models.vectors),
     "checkpoint": (partial(models.Checkpointed, depth=6), models.vectors),
     "penalties": (models.Penalised, models.vectors),
+    "changes in place": (models.ChangesThings, models.vectors),
     "unfrozen later": (models.Unfreezes, models.vectors),
     "moving average": (models.MovingAverage, models.vectors),
     "gpt2": (partial(models.HuggingFace, "gpt2"), models.ragged_tokens),

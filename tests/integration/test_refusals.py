@@ -277,17 +277,6 @@ class ClipsItself(models.MLP):
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
 
-class KeepsGhosts(models.MLP):
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.register_buffer("early", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inp(x)
-        self.early = x.detach().mean()
-        return self.out(torch.tanh(self.hidden[1](torch.tanh(self.hidden[0](x)))))
-
-
 def test_clipping_by_the_user(pool: WorkerPool) -> None:
     results = failures(pool, 2, ClipsItself)
     assert_all_say(results, "does not support clipping by the user yet", "`ClipsItself` overrides")
@@ -302,11 +291,6 @@ def fit_with_averages() -> Any:
 def test_averages_of_weights(pool: WorkerPool) -> None:
     results = pool.try_run(fit_with_averages, 2)
     assert_all_say(results, "does not support averages of weights yet", "`StochasticWeightAveraging`. Remove it")
-
-
-def test_a_buffer_that_keeps_the_value_of_another_stage(pool: WorkerPool) -> None:
-    results = failures(pool, 3, KeepsGhosts, strategy={"split_at": ["hidden.0", "hidden.1"]})
-    assert_all_say(results, "The buffer `early` was assigned a value that is not on stage")
 
 
 def no_vectors() -> DataLoader:
@@ -363,3 +347,27 @@ def test_an_error_outside_of_training_steps_ends_all(pool: WorkerPool, hook: str
     assert results.pop(rank).type == "ZeroDivisionError"
     assert_all_say(results, rf"\(rank {rank}\) failed", "in failing", "ZeroDivisionError: the user's own error")
     assert time.monotonic() - begin < 60
+
+
+class Renormalises(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = nn.Embedding(5, 3, max_norm=1.0)
+
+
+def test_weights_that_change_in_the_forward(pool: WorkerPool) -> None:
+    results = failures(pool, 2, Renormalises)
+    assert_all_say(results, "change their weights in the forward, but `names` has `max_norm=1.0`")
+
+
+def unsigned() -> DataLoader:
+    return DataLoader(TensorDataset(torch.zeros(80, 8), torch.zeros(80, dtype=torch.uint16)), batch_size=8)
+
+
+def test_a_dtype_that_cannot_be_sent(pool: WorkerPool) -> None:
+    assert_all_say(failures(pool, 2, models.MLP, unsigned), "Stages can exchange dense tensors.*uint16.*Convert it")
+
+
+def test_a_buffer_that_keeps_the_value_of_another_stage(pool: WorkerPool) -> None:
+    results = failures(pool, 4, models.KeepsAnEarlyValue)
+    assert_all_say(results, "The buffer `early` was assigned a value that is not on stage")

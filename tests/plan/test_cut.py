@@ -115,3 +115,20 @@ def test_a_u_nets_skips_go_straight_to_where_they_are_needed() -> None:
     batch = (torch.randn(2, 1, 8, 8), None)
     plan = make_plan(trace_step(lambda _: module.loss(batch), module, CPU), module, 4, ["down_3", "up_2", "up_1"])
     assert plan.edges() == [(0, 1), (0, 2), (0, 3), (1, 2), (2, 3)]
+
+
+def test_no_cut_through_a_view_of_what_is_changed_in_place() -> None:
+    class Changing(nn.Module):
+        def __init__(self, change: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.act = nn.ReLU(inplace=change)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            view = h[:, :2]
+            h = self.act(h)
+            return self.b(h)[:, :2] + view
+
+    assert cuts_of(Changing(False), (torch.randn(4, 4),)).possible != []
+    assert cuts_of(Changing(True), (torch.randn(4, 4),)).possible == []
