@@ -7,11 +7,11 @@ says with what. For objects, flags and the like; nothing in the steady state of 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import pickle
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,7 +26,7 @@ from lightning_dgmp.nests import Form, join, leaves, map_tensors, split
 __all__ = ["PeerError", "World"]
 
 _LOOK = timedelta(seconds=0.3)  # how often who waits looks for a failure
-_LAST_WORDS = 10.0  # seconds for which the store stays after a failure
+_LAST_WORDS = 5.0  # seconds
 
 
 class PeerError(RuntimeError):
@@ -54,8 +54,7 @@ class World:
         dist.broadcast_object_list(port, 0)
         if self.rank != 0:
             self._store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
-        #: Take part no more; happens by itself at the end. Rank 0 waits a little for the others: it keeps the store.
-        self.leave = weakref.finalize(self, _leave, self._store, self.rank, self.size)
+        atexit.register(_leave, self._store, self.rank, self.size)
 
     def all_gather(self, item: Any, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
         """Give every process of ``ranks``, by default all, the ``item`` of each of them.
@@ -108,15 +107,22 @@ class World:
         return nest
 
     def _send(self, tensors: list[Tensor], rank: int, what: str) -> None:
-        for tensor in tensors:
-            if tensor.numel():
-                self.wait(_Blocking(dist.send, tensor.detach().cpu().contiguous(), rank, self._group), what)
+        def send() -> None:
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.send(tensor.detach().cpu().contiguous(), rank, self._group)
+
+        self.wait(_Blocking(send), what)
 
     def _receive(self, form: Any, rank: int, what: str) -> Any:
         tensors = [torch.empty(f.shape, dtype=f.dtype) for f in leaves(form) if isinstance(f, Form)]
-        for tensor in tensors:
-            if tensor.numel():
-                self.wait(_Blocking(dist.recv, tensor, rank, self._group), what)
+
+        def receive() -> None:
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.recv(tensor, rank, self._group)
+
+        self.wait(_Blocking(receive), what)
         return join(form, tensors)
 
     def wait(self, work: Any, what: str) -> None:
@@ -134,11 +140,10 @@ class World:
         work.wait()
 
     def fail(self, reason: str) -> None:
-        """Let all others know that this process has failed, and why, and leave. Never raises."""
+        """Let all others know that this process has failed, and why. Never raises."""
         with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and all who wait have noticed
             if self._store.add("num_failures", 1) == 1:
                 self._store.set("failure", reason.encode())
-        self.leave()
 
     def _get(self, key: str, rank: int, what: str) -> bytes:
         deadline = time.monotonic() + self.timeout.total_seconds()
@@ -163,6 +168,7 @@ class World:
 
 
 def _leave(store: Any, rank: int, size: int) -> None:
+    """At the exit: rank 0 waits a little for the others, because it keeps the store."""
     with contextlib.suppress(RuntimeError):
         store.add("num_left", 1)
         deadline = time.monotonic() + _LAST_WORDS
@@ -173,14 +179,14 @@ def _leave(store: Any, rank: int, size: int) -> None:
 class _Blocking:
     """Sending or receiving as work that can be waited for: gloo's own never says whether it is completed."""
 
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+    def __init__(self, function: Callable[[], None]) -> None:
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(function, *args), name="dgmp-gather", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(function,), name="dgmp-gather", daemon=True)
         self._thread.start()
 
-    def _run(self, function: Callable[..., Any], *args: Any) -> None:
+    def _run(self, function: Callable[[], None]) -> None:
         try:
-            function(*args)
+            function()
         except Exception as error:
             self._error = error
 
