@@ -120,7 +120,10 @@ class Evaluation:
             with logging_nothing(self._module, want, with_loggers=True):
                 return step()
 
-        trace = trace_step(noting, self._module, self._device, readers=(Metric,))
+        try:
+            trace = trace_step(noting, self._module, self._device, readers=(Metric,))
+        except GhostError as error:
+            raise PlanError(str(error)) from error
         trace.returned_none = False
         if self._pipeline is not None and not self._pipeline.runner.whole:
             return make_evaluation_plan(trace, self._module, self._pipeline.runner.plan)

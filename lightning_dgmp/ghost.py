@@ -152,6 +152,9 @@ class GhostMode:
     def observe(self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None) -> None:
         """Called after each operation on ghosts; ``changed`` is the ghost that was modified in place, if any."""
 
+    def ignore_write(self, inputs: list[Ghost]) -> None:
+        """Called when ghosts are written into one of ``written_over``, which does nothing."""
+
     def around(self, func: Any) -> AbstractContextManager[Any]:
         """What surrounds the fake execution of ``func``."""
         return nullcontext()
@@ -199,6 +202,7 @@ class GhostMode:
         for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
             if isinstance(target, Tensor) and not isinstance(target, Ghost):
                 if id(target) in self.written_over:
+                    self.ignore_write(inputs)
                     return None if name == "__setitem__" else target
                 raise GhostError(
                     f"`{name}` writes {inputs[0].describe()} in place into a tensor that does not come from the model."

@@ -176,7 +176,9 @@ class _Tracer(GhostMode):
         self._name_of = {id(ghost): name for name, ghost in self.ghosts.items()}
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
-        self.written_over = {id(buffer) for buffer in root.buffers()}
+        # Also what metrics count in; all of it is put back after the trace.
+        kept = (item for module in root.modules() for item in vars(module).values() if _is_plain(item))
+        self.written_over = {id(tensor) for tensor in (*root.buffers(), *kept)}
         self._open: list[int] = []
         self._occurrences: Counter[str] = Counter()
         self._time = self._functions_open = 0
@@ -276,6 +278,9 @@ class _Tracer(GhostMode):
         for call in self._open:
             self.trace.calls[call].ops.append(len(self.trace.ops) - 1)
         return op
+
+    def ignore_write(self, inputs: list[Ghost]) -> None:
+        self.want(inputs)
 
     def want(self, *nest: Any, **more: Any) -> None:
         """Note that the last stage should have the values in ``nest``."""

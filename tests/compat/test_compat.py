@@ -48,7 +48,6 @@ def test_refusals(pool: WorkerPool, tmp_path: Path, name: str, num_stages: int) 
         compare(results[0], stories(pool, name, strategy, 1, tmp_path / "virtual")[0], case.tolerance)
         return
     assert all(isinstance(result, Failure) for result in results), results
-    assert any(result.type in REFUSALS for result in results), results
     assert case.refusal is not None
     for rank, result in enumerate(results):
         assert re.search(case.refusal, result.message), f"rank {rank} says: {result.traceback}"
