@@ -73,6 +73,14 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
             " `gradient_clip_algorithm='value'`."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (
+            isinstance(callback, callbacks.GradientAccumulationScheduler)
+            and callback.going_to_accumulate_grad_batches()
+        ):
+            raise MisconfigurationException(
+                f"{strategy} does not support gradient accumulation yet, but there is a"
+                f" `{type(callback).__name__}`. Remove it, and use a larger batch."
+            )
         if not virtual and isinstance(callback, _AVERAGING):
             raise MisconfigurationException(
                 f"{strategy} does not support averages of weights yet, because a process holds only those of its stage,"

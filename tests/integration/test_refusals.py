@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -371,3 +372,11 @@ def test_a_dtype_that_cannot_be_sent(pool: WorkerPool) -> None:
 def test_a_buffer_that_keeps_the_value_of_another_stage(pool: WorkerPool) -> None:
     results = failures(pool, 4, models.KeepsAnEarlyValue)
     assert_all_say(results, "The buffer `early` was assigned a value that is not on stage")
+
+
+def test_an_accumulation_scheduler() -> None:
+    callback = GradientAccumulationScheduler({0: 1, 3: 2})
+    with pytest.raises(
+        MisconfigurationException, match="accumulation yet, but there is a `GradientAccumulationScheduler`"
+    ):
+        fit(models.MLP, models.vectors, {"num_stages": 2, "virtual": True}, 1, callbacks=[callback])

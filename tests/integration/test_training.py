@@ -217,3 +217,53 @@ def test_random_numbers_drawn_in_a_step_agree(pool: WorkerPool) -> None:
     assert first == []  # it had nothing to do any more
     assert len(torch.stack(last).unique()) == 34 * 4
     torch.testing.assert_close(middle, last, rtol=0, atol=0)
+
+
+class GrowsAndReturns(models.MLP):
+    """A buffer of a stage that grows, and an early value in what the step returns."""
+
+    class Layer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(16, 16)
+            self.register_buffer("seen", torch.zeros(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = torch.cat([self.seen, x.detach().mean()[None]])
+            return super().forward(x)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden[0] = self.Layer()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        early = h = self.inp(x)
+        for layer in self.hidden:
+            h = layer(torch.tanh(h))
+        loss = nn.functional.cross_entropy(self.out(h), y)
+        self.log("loss", loss)
+        self.log("early", early.mean())
+        return {"loss": loss, "early": early.detach()}
+
+
+def test_growing_buffers_and_early_values(pool: WorkerPool) -> None:
+    expected = pool.run(fit, 1, GrowsAndReturns, models.vectors, {"num_stages": 3, "virtual": True}, 1)[0]
+    for outcome in (ours := pool.run(fit, 3, GrowsAndReturns, models.vectors, {"num_stages": 3}, 3)):
+        assert outcome.state["hidden.0.seen"].shape == (34,)
+    assert_equal(ours[0], expected, 1e-6)
+
+
+def fit_and_save_afterwards(folder: str) -> None:
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=DelayedMPStrategy(2), max_steps=5, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(models.MLP(optimizer="adamw"), models.vectors())
+    trainer.save_checkpoint(f"{folder}/after.ckpt")
+
+
+def test_saving_after_fit(pool: WorkerPool, tmp_path: Any) -> None:
+    pool.run(fit_and_save_afterwards, 2, str(tmp_path))
+    checkpoint = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 5
+    assert len(checkpoint["optimizer_states"][0]["state"]) == 12
