@@ -62,7 +62,7 @@ def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> 
         every = checkpoint._every_n_train_steps
         is_due = runner.is_marked or (every >= 1 and trainer.global_step % every == 0)
         if is_due and checkpoint.monitor is not None:
-            strategy.share_results()
+            strategy.learned.share_results()
         if interval is None:
             original(trainer, *args, **kwargs)
             return

@@ -18,7 +18,8 @@ from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan, make_evaluation_plan, make_plan
-from lightning_dgmp.plan.trace import attributes_saved, trace_step
+from lightning_dgmp.plan.restore import attributes_saved
+from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.stage.randomness import mix_seed
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.transport import Transport

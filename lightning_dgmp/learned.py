@@ -7,7 +7,7 @@ over the others get what it left, so that ``on_validation_epoch_end`` and the li
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -27,23 +27,38 @@ class Learned:
     """The plain attributes of a LightningModule and of its metrics, as far as they have changed.
 
     Attributes count that are tensors, arrays, numbers or strings, or nests of these.
+
+    Args:
+        module: The LightningModule.
+        share: ``share(nest, what)`` gives all stages the ``nest`` of the last one.
     """
 
-    def __init__(self, module: LightningModule) -> None:
-        self._module = module
+    def __init__(self, module: LightningModule, share: Callable[[Any, str], Any]) -> None:
+        self._module, self._share = module, share
         self._marks = {key: _marks(value) for key, value in self._attributes()}
 
-    def changes(self) -> _Attributes:
-        """What has changed since the last call, by module path and attribute."""
+    def share_state(self) -> None:
+        """Give all stages the attributes that the steps have changed on the last one."""
+        for (path, name), value in self._share(self._changes(), "the end of an epoch").items():
+            self._module.get_submodule(path).__dict__[name] = value
+
+    def share_results(self, results: Any = None) -> Any:
+        """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
+
+        Of values that a stage has logged itself too the last stage's count.
+        """
+        connector = self._module.trainer._logger_connector
+        mine = connector.callback_metrics, connector.logged_metrics, connector.progress_bar_metrics
+        theirs, results = self._share((mine, results), "the metrics")
+        for metrics, values in zip(mine, theirs):
+            metrics.update(values)  # type: ignore[attr-defined]
+        return results
+
+    def _changes(self) -> _Attributes:
         now = dict(self._attributes())
         changed = {key: value for key, value in now.items() if not _is_same(self._marks.get(key), value)}
         self._marks = {key: _marks(value) for key, value in now.items()}
         return changed
-
-    def apply(self, changes: _Attributes) -> None:
-        """Set the attributes that another stage has sent."""
-        for (path, name), value in changes.items():
-            self._module.get_submodule(path).__dict__[name] = value
 
     def _attributes(self) -> Iterator[tuple[tuple[str, str], Any]]:
         internal = vars(LightningModule()).keys()

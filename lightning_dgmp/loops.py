@@ -99,18 +99,18 @@ class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):
     @override
     def _store_dataloader_outputs(self) -> None:
         super()._store_dataloader_outputs()
-        self._logged_outputs[-1] = self._strategy.share_results(self._logged_outputs[-1])
+        self._logged_outputs[-1] = self._strategy.learned.share_results(self._logged_outputs[-1])
 
     @override
     def _on_evaluation_epoch_end(self) -> None:
-        self._strategy.share_state()
+        self._strategy.learned.share_state()
         super()._on_evaluation_epoch_end()
 
 
 class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
     @override
     def _on_predict_epoch_end(self) -> Any:
-        self._strategy.share_state()
+        self._strategy.learned.share_state()
         return super()._on_predict_epoch_end()
 
 
@@ -125,8 +125,8 @@ class _DelayedFitLoop(_WithStrategy, _FitLoop):
     @override
     def on_advance_end(self) -> None:
         self.trainer._logger_connector.epoch_end_reached()  # from here on the metrics are those of the epoch
-        self._strategy.share_state()
-        self._strategy.share_results()
+        self._strategy.learned.share_state()
+        self._strategy.learned.share_results()
         super().on_advance_end()
 
     @override

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -11,19 +10,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, _augment_message
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
@@ -35,18 +31,16 @@ from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import install_loops
+from lightning_dgmp.mesh import MeshStrategy
 from lightning_dgmp.metrics import confine_metrics, logging_nothing, logging_what_is_here
 from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
-from lightning_dgmp.support import check_devices, check_optimizers, check_supported
-from lightning_dgmp.transport import Transport
-from lightning_dgmp.world import PeerError, World
+from lightning_dgmp.support import check_optimizers, check_supported
 
 __all__ = ["DelayedMPStrategy"]
 
@@ -54,7 +48,7 @@ _HOST = torch.device("cpu")
 _KEY = "lightning_dgmp"  # of what we add to checkpoints
 
 
-class DelayedMPStrategy(DDPStrategy):
+class DelayedMPStrategy(MeshStrategy):
     """Pipeline model parallelism with delayed gradients.
 
     The model is cut into stages, each device holds one, and no stage waits until the others have finished a batch:
@@ -85,23 +79,13 @@ class DelayedMPStrategy(DDPStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(timeout=timeout, **kwargs)
+        super().__init__(num_stages, virtual, timeout, **kwargs)
         if backward not in ("stash", "recompute", "replay"):
             raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
-        if num_stages != "auto" and not isinstance(num_stages, int):
-            raise TypeError(f"`num_stages` must be an integer or 'auto', but is {num_stages!r}.")
-        if virtual and num_stages == "auto":
-            raise ValueError("`virtual=True` needs `num_stages`: there are no devices to count.")
-        self._num_stages_flag = num_stages
         self._split_at = None if split_at is None else list(split_at)
         self._backward: BackwardMode = backward
-        self._virtual = virtual
-        self._device_mesh: DeviceMesh | None = None
         self._loaded_seed: int | None = None
-        self._world: World | None = None
-        self._transport: Transport | None = None
         self._feed: Feed | None = None
-        self._answer: tuple[Callable[[Any], Any], bool] | None = None
         self._undo_callbacks: Callable[[], None] = _nothing
         self._reset_pipeline()
 
@@ -112,28 +96,6 @@ class DelayedMPStrategy(DDPStrategy):
         self._evaluation: Evaluation | None = None
         self._seed = 0
         self._num_steps = 0
-
-    # ----- who is where
-
-    @property
-    def num_stages(self) -> int:
-        """Into how many stages the model is cut."""
-        return self.num_processes if self._num_stages_flag == "auto" else self._num_stages_flag
-
-    @property
-    def data_parallel_size(self) -> int:
-        """How many replicas see different data: what ``trainer.world_size`` is under DDP."""
-        return max(self.world_size // (1 if self._virtual else self.num_stages), 1)
-
-    @property
-    def stage(self) -> int:
-        """The stage of this process. Global rank 0 holds the last one: Lightning expects the loss there."""
-        return self.num_stages - 1 - self.global_rank % self.num_stages
-
-    @property
-    def replica(self) -> int:
-        """The replica that this process belongs to."""
-        return self.global_rank if self._virtual else self.global_rank // self.num_stages
 
     @property
     def plan(self) -> Plan:
@@ -152,48 +114,7 @@ class DelayedMPStrategy(DDPStrategy):
         """Whether the plan of this fit is made."""
         return self._plan is not None
 
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """All processes as ``(replica, stage)``; along ``stage`` the last one comes first."""
-        if self._device_mesh is None:
-            raise RuntimeError("Accessing the device mesh before processes have initialized is not allowed.")
-        return self._device_mesh
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.data_parallel_size, "rank": self.replica}
-
-    @property
-    def _stage_ranks(self) -> list[int]:
-        """The global rank of each stage of this replica."""
-        return [self.replica * self.num_stages + delay for delay in delays_of(self.num_stages)]
-
-    @property
-    def _is_pipeline(self) -> bool:
-        return self.num_stages > 1 and not self._virtual
-
     # ----- setup
-
-    @override
-    def _configure_launcher(self) -> None:
-        check_devices(self.num_stages, self.num_nodes * self.num_processes, self._virtual)
-        super()._configure_launcher()
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        width = 1 if self._virtual else self.num_stages
-        self._device_mesh = init_device_mesh(
-            self.root_device.type, (self.world_size // width, width), mesh_dim_names=("replica", "stage")
-        )
-        if self._is_pipeline:
-            assert self.cluster_environment is not None
-            timeout = self._timeout or default_pg_timeout
-            over_nccl = self._get_process_group_backend() == "nccl"
-            if self._world is None:
-                self._world = World(self.cluster_environment.main_address, timeout)
-            self._transport = Transport(self.stage, self._stage_ranks, self.root_device, timeout, over_nccl)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -210,7 +131,7 @@ class DelayedMPStrategy(DDPStrategy):
             self._interception = Interception(self.lightning_module)
             self._share_randomness()
             install_loops(trainer)
-            self._learned = Learned(self.lightning_module)
+            self.learned = Learned(self.lightning_module, self.share_of_last_stage)
             if self._is_pipeline:
                 if trainer.state.fn == TrainerFn.FITTING:
                     self._undo_callbacks = adapt_callbacks(trainer, self)
@@ -243,11 +164,7 @@ class DelayedMPStrategy(DDPStrategy):
         self._seed = seed if self._loaded_seed is None else self._loaded_seed
         self._loading = OwnRandomness()
         if self._transport is not None:
-            self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, self._of_stage_0)
-
-    def _of_stage_0(self, item: Any, what: str) -> Any:
-        assert self._world is not None
-        return self._world.all_gather(item, what, self._stage_ranks)[0]
+            self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, self.share_of_first_stage)
 
     def align_randomness(self, epoch: int) -> None:
         """Begin an epoch in the same random state on all stages, without asking them."""
@@ -490,79 +407,6 @@ class DelayedMPStrategy(DDPStrategy):
         if self._evaluation is not None:
             self._evaluation.end()
 
-    # ----- what code behind the network has left on the last stage
-
-    def share_state(self) -> None:
-        """Give all stages the attributes of the module that the steps have changed on the last one."""
-        if self._world is not None:
-            self._learned.apply(self._share(self._learned.changes(), "the end of an epoch"))
-
-    def share_results(self, results: Any = None) -> Any:
-        """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
-
-        Of values that a stage has logged itself too the last stage's count.
-        """
-        if self._world is None or self.lightning_module is None:
-            return results
-        connector = self.lightning_module.trainer._logger_connector
-        mine = connector.callback_metrics, connector.logged_metrics, connector.progress_bar_metrics
-        theirs, results = self._share((mine, results), "the metrics")
-        for metrics, values in zip(mine, theirs):
-            metrics.update(values)  # type: ignore[attr-defined]
-        return results
-
-    def _share(self, nest: Any, what: str) -> Any:
-        assert self._world is not None
-        return self._world.share(nest, what, self._stage_ranks, self._stage_ranks[-1], self.root_device)
-
-    # ----- collectives: replicas average and gather, the world waits and decides
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        return super().reduce(tensor, self._replica_group(group), reduce_op)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return super().all_gather(tensor, self._replica_group(group), sync_grads)
-
-    @override
-    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if self._world is None:
-            return super().barrier(name, *args, **kwargs)
-        self._world.all_gather(None, f"the barrier {name!r}" if name else "a barrier")
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self._answer is not None:
-            answer, once = self._answer
-            self._answer = None if once else self._answer
-            return answer(obj)
-        if self._world is None:
-            return super().broadcast(obj, src)
-        return self._world.all_gather(obj if self.global_rank == src else None, f"a broadcast of rank {src}")[src]
-
-    @contextmanager
-    def answering_broadcasts(self, answer: Callable[[Any], Any], once: bool = False) -> Iterator[None]:
-        """Let ``broadcast(obj)`` return ``answer(obj)`` without asking other processes, all or the first of them."""
-        self._answer = answer, once
-        try:
-            yield
-        finally:
-            self._answer = None
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self._world is None:
-            return super().reduce_boolean_decision(decision, all)
-        votes = self._world.all_gather(bool(decision), "a decision")
-        return min(votes) if all else max(votes)
-
-    def _replica_group(self, group: Any) -> Any:
-        """The processes that see different data, for all processes, which Lightning names explicitly."""
-        if self._is_pipeline and (group is None or group is dist.group.WORLD):
-            return self.device_mesh.get_group("replica")
-        return group
-
     # ----- checkpoints
 
     @override
@@ -600,7 +444,6 @@ class DelayedMPStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
         _augment_message(
             exception,
             pattern=".*more than one element of the written-to tensor refers to a single memory location.*",
@@ -609,25 +452,11 @@ class DelayedMPStrategy(DDPStrategy):
                 " stage. Averages of weights and the like are not supported yet: remove them, or use another strategy."
             ),
         )
-        if self._world is None:
-            return
-        if isinstance(exception, PeerError):
-            reason = str(exception)
-        else:
-            trace = "".join(traceback.format_exception(exception))
-            reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
-        if self._transport is not None:
-            self._transport.abort(reason)
-            self._transport = None
-        self._world.fail(reason)
-        self._world = None
+        super().on_exception(exception)
 
     @override
     def teardown(self) -> None:
         self._undo_callbacks()
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
         super().teardown()
 
     @classmethod

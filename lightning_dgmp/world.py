@@ -25,7 +25,8 @@ from lightning_dgmp.nests import Form, join, leaves, map_tensors, split
 
 __all__ = ["PeerError", "World"]
 
-_LOOK = timedelta(seconds=0.3)  # how often who waits looks for a failure
+_LOOK = 0.3  # seconds between two looks for a failure of others
+_LONGEST_PAUSE = 0.02  # seconds
 _LAST_WORDS = 5.0  # seconds
 
 
@@ -127,16 +128,10 @@ class World:
 
     def wait(self, work: Any, what: str) -> None:
         """Wait for a collective ``work`` of torch.distributed, as :meth:`all_gather` waits for its items."""
-        begin = look = time.monotonic()
-        pause = 1e-4
-        while not work.is_completed():
-            time.sleep(pause)
-            pause = min(2 * pause, 0.01)
-            if (now := time.monotonic()) - look > _LOOK.total_seconds():
-                look = now
-                self._look_for_failure()
-                if now - begin > self.timeout.total_seconds():
-                    raise PeerError(f"Rank {self.rank} waited {self.timeout} for the others at {what}.")
+        def give_up() -> None:
+            raise PeerError(f"Rank {self.rank} waited {self.timeout} for the others at {what}.")
+
+        self._wait_until(work.is_completed, give_up)
         work.wait()
 
     def fail(self, reason: str) -> None:
@@ -146,21 +141,26 @@ class World:
                 self._store.set("failure", reason.encode())
 
     def _get(self, key: str, rank: int, what: str) -> bytes:
-        deadline = time.monotonic() + self.timeout.total_seconds()
-        while True:
-            try:
-                self._store.wait([key], _LOOK)
-            except dist.DistNetworkError:
-                raise
-            except dist.DistStoreError:
+        def give_up() -> None:
+            raise PeerError(
+                f"Rank {self.rank} waited {self.timeout} for rank {rank} at {what}, but it did not come. Look"
+                " for the reason there: it may hang, or run other code than the others."
+            )
+
+        self._wait_until(lambda: self._store.check([key]), give_up)
+        return self._store.get(key)  # type: ignore[no-any-return]
+
+    def _wait_until(self, is_done: Callable[[], bool], give_up: Callable[[], None]) -> None:
+        begin = look = time.monotonic()
+        pause = 1e-4
+        while not is_done():
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
+            if (now := time.monotonic()) - look > _LOOK:
+                look = now
                 self._look_for_failure()
-                if time.monotonic() > deadline:
-                    raise PeerError(
-                        f"Rank {self.rank} waited {self.timeout} for rank {rank} at {what}, but it did not come. Look"
-                        " for the reason there: it may hang, or run other code than the others."
-                    ) from None
-            else:
-                return self._store.get(key)  # type: ignore[no-any-return]
+                if now - begin > self.timeout.total_seconds():
+                    give_up()
 
     def _look_for_failure(self) -> None:
         if self._store.check(["failure"]):

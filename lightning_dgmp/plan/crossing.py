@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from lightning_dgmp.plan.trace import Appearance, Trace
+from lightning_dgmp.plan.record import Appearance, Trace
 
 __all__ = ["Crossing", "values_to_send"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from lightning_dgmp.plan.crossing import values_to_send
-from lightning_dgmp.plan.trace import Trace
+from lightning_dgmp.plan.record import Trace
 
 __all__ = ["Cuts", "PlanError", "Unit", "choose_cuts", "stage_cost"]
 

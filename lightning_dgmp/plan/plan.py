@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_dgmp.plan.crossing import values_to_send
 from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts
-from lightning_dgmp.plan.trace import Trace
+from lightning_dgmp.plan.record import Trace
 
 __all__ = ["Event", "Plan", "Transfer", "make_evaluation_plan", "make_plan"]
 

@@ -1,130 +1,32 @@
 """What a step runs: one execution of the user's code in which only the parameters are ghosts.
 
-The trace is a list of operations on values that depend on parameters, with the module calls around them. What depends
-on the batch alone stays real, is computed by every stage for itself, and does not appear here.
+What depends on the batch alone stays real, is computed by every stage for itself, and does not appear in the trace.
 """
 
 from __future__ import annotations
 
-import random
 import sys
 import traceback
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from types import FrameType, ModuleType
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_calls
 from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead
 from lightning_dgmp.nests import leaves, tensors_in
+from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
+from lightning_dgmp.plan.restore import is_plain, untouched
 
-__all__ = [
-    "Appearance",
-    "Call",
-    "Op",
-    "ParameterInfo",
-    "Trace",
-    "Value",
-    "attributes_kept",
-    "attributes_saved",
-    "trace_step",
-]
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """A parameter of the model, by its first name."""
-
-    name: str
-    numel: int
-    nbytes: int
-    requires_grad: bool
-
-
-@dataclass(frozen=True)
-class Appearance:
-    """A moment at which every stage can point at a value: it is leaf ``leaf`` of what ``call`` takes or returns."""
-
-    time: int
-    call: int
-    kind: str  # "arg" or "out"
-    leaf: int
-
-
-@dataclass
-class Value:
-    """A tensor that depends on parameters."""
-
-    op: int
-    nbytes: int
-    requires_grad: bool
-    storage: int
-    appearances: list[Appearance] = field(default_factory=list)
-
-
-@dataclass
-class Op:
-    """An operation on values.
-
-    ``call`` is the innermost module call that it happens in, -1 outside of all; ``checkpoint`` numbers the function of
-    :func:`torch.utils.checkpoint.checkpoint` that it happens in.
-    """
-
-    time: int
-    name: str
-    call: int
-    inputs: tuple[int, ...]
-    parameters: tuple[str, ...]
-    checkpoint: int | None = None
-    in_place: bool = False
-    flops: int = 0
-    nbytes: int = 0
-    outputs: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Call:
-    """A call of a module: ``occurrence`` counts the calls of the same module in one step."""
-
-    path: str
-    occurrence: int
-    parent: int
-    start: int
-    end: int = -1
-    ops: list[int] = field(default_factory=list)  # those inside, at any depth
-
-
-@dataclass
-class Trace:
-    """What one step ran, in order.
-
-    Attributes:
-        stopped: Where and why the trace ended before the step did; ``None`` if it did not. What the step does after
-            that point belongs to the last stage.
-        wanted: Values that the last stage should have if they can travel, and when: those that are logged, returned or
-            kept by the root module, and all that are in reach where the trace stopped.
-        returned_none: Whether the step returned ``None``.
-        changes: When the content of a storage was changed in place.
-    """
-
-    parameters: dict[str, ParameterInfo]
-    ops: list[Op] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-    stopped: str | None = None
-    wanted: dict[int, float] = field(default_factory=dict)
-    returned_none: bool = False
-    changes: dict[int, list[int]] = field(default_factory=dict)
+__all__ = ["trace_step"]
 
 
 def trace_step(
@@ -147,7 +49,7 @@ def trace_step(
     """
     tracer = _Tracer(root, device, readers)
     functions = custom_functions(tracer.on_function)
-    with _untouched(root, device), torch.compiler.set_stance("force_eager"):
+    with untouched(root, device), torch.compiler.set_stance("force_eager"):
         with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call), functions:
             try:
                 returned = step(tracer.want)
@@ -177,7 +79,7 @@ class _Tracer(GhostMode):
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
         # Also what metrics count in; all of it is put back after the trace.
-        kept = (item for module in root.modules() for item in vars(module).values() if _is_plain(item))
+        kept = (item for module in root.modules() for item in vars(module).values() if is_plain(item))
         self.written_over = {id(tensor) for tensor in (*root.buffers(), *kept)}
         self._open: list[int] = []
         self._occurrences: Counter[str] = Counter()
@@ -348,101 +250,3 @@ class _Cost(TorchDispatchMode):
         if not func.is_view:
             self.nbytes += sum(t.numel() * t.element_size() for t in tensors_in((args, out)))
         return out
-
-
-@contextmanager
-def _untouched(root: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put the attributes and buffers of all modules, and the random state, back to what they were."""
-    python_state = random.getstate()
-    numpy_state = _numpy_random().get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), attributes_kept(root):
-            yield
-    finally:
-        random.setstate(python_state)
-        _numpy_random().set_state(numpy_state)
-
-
-@contextmanager
-def attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Put the attributes and buffers of ``root`` and its submodules back to what they were."""
-    restore = attributes_saved(root)
-    try:
-        yield
-    finally:
-        restore()
-
-
-def attributes_saved(root: nn.Module) -> Callable[[], None]:
-    """A function that puts the attributes and buffers of ``root`` and its submodules back to what they are now."""
-    saved = [_save(module.__dict__) for module in root.modules()]
-
-    def restore() -> None:
-        for one in saved:
-            one()
-
-    return restore
-
-
-def _numpy_random() -> Any:
-    import numpy
-
-    return numpy.random
-
-
-def _save(attributes: dict[str, Any], depth: int = 0) -> Callable[[], None]:
-    """A function that restores the items of ``attributes``: two levels of containers, also in the user's objects."""
-    undo: list[Callable[[], object]] = [_save_container(attributes)]
-    for value in attributes.values():
-        if isinstance(value, (dict, list, set, deque)):
-            undo.append(_save_container(value))
-            undo.extend(_save_tensor(item) for item in (value.values() if isinstance(value, dict) else value)
-                        if _is_plain(item))  # fmt: skip
-        elif _is_plain(value):
-            undo.append(_save_tensor(value))
-        elif isinstance(value, torch.Generator):
-            undo.append(partial(value.set_state, value.get_state()))
-        elif depth == 0 and _is_of_the_user(value):
-            undo.append(_save(vars(value), depth + 1))
-
-    def restore() -> None:
-        for step in undo:
-            step()
-
-    return restore
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-
-
-def _is_of_the_user(value: Any) -> bool:
-    if (
-        isinstance(value, (nn.Module, type, ModuleType))
-        or callable(value)
-        or not isinstance(getattr(value, "__dict__", None), dict)
-    ):
-        return False
-    return type(value).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "torch", "torchmetrics")
-
-
-def _save_container(container: Any) -> Callable[[], None]:
-    kept = container.copy()
-
-    def restore() -> None:
-        container.clear()
-        container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
-
-    return restore
-
-
-def _save_tensor(tensor: Tensor) -> Callable[[], None]:
-    version, kept = tensor._version, tensor.detach().clone()
-
-    def restore() -> None:
-        if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(kept)
-
-    return restore

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, looks_of
 from lightning_dgmp.nests import leaves, map_leaves, map_tensors
-from lightning_dgmp.plan.trace import attributes_kept
+from lightning_dgmp.plan.restore import attributes_saved
 
 __all__ = ["Skips"]
+
+_MAX_TEMPLATES = 10_000
 
 
 class Skips:
@@ -39,12 +41,15 @@ class Skips:
         if template is None:
             self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
             self._mode.draws_noise = False  # what happens inside of the module is its owner's
+            restore = attributes_saved(self._root.get_submodule(path))  # they are the owner's to change
             try:
-                with attributes_kept(self._root.get_submodule(path)):  # they are the owner's to change
-                    template = _Template(call(*args, **kwargs), leaves((args, kwargs)))
+                template = _Template(call(*args, **kwargs), leaves((args, kwargs)))
             finally:
+                restore()
                 self._mode.written_over, self._mode.draws_noise = set(), True
             if template.reusable:
+                if len(self._templates) >= _MAX_TEMPLATES:  # as when every batch has another length
+                    self._templates.clear()
                 self._templates[key] = template
         return template.fill(inputs, self._mode, origin)
 

@@ -9,7 +9,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from lightning_dgmp.plan.trace import Trace, trace_step
+from lightning_dgmp.plan.record import Trace
+from lightning_dgmp.plan.trace import trace_step
 from tests import models
 
 CPU = torch.device("cpu")

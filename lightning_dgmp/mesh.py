@@ -1,0 +1,200 @@
+"""Where each process is among replicas and stages, and what the processes tell each other."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from typing_extensions import override
+
+from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.support import check_devices
+from lightning_dgmp.transport import Transport
+from lightning_dgmp.world import PeerError, World
+
+__all__ = ["MeshStrategy"]
+
+
+class MeshStrategy(DDPStrategy):
+    """Processes in replicas of several stages: DDP whose world, for the user's code, is the replicas.
+
+    Barriers, broadcasts and decisions concern all processes and end with a reason when one of them fails.
+
+    Args:
+        num_stages: Stages of a replica; ``"auto"``: as many as a node has devices.
+        virtual: Whether one process holds all stages of a replica.
+        timeout: How long a process waits for another.
+        **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
+    """
+
+    def __init__(
+        self, num_stages: int | Literal["auto"], virtual: bool, timeout: timedelta | None, **kwargs: Any
+    ) -> None:
+        super().__init__(timeout=timeout, **kwargs)
+        if num_stages != "auto" and not isinstance(num_stages, int):
+            raise TypeError(f"`num_stages` must be an integer or 'auto', but is {num_stages!r}.")
+        if virtual and num_stages == "auto":
+            raise ValueError("`virtual=True` needs `num_stages`: there are no devices to count.")
+        self._num_stages_flag = num_stages
+        self._virtual = virtual
+        self._device_mesh: DeviceMesh | None = None
+        self._world: World | None = None
+        self._transport: Transport | None = None
+        self._answer: tuple[Callable[[Any], Any], bool] | None = None
+
+    @property
+    def num_stages(self) -> int:
+        """Into how many stages the model is cut."""
+        return self.num_processes if self._num_stages_flag == "auto" else self._num_stages_flag
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many replicas see different data: what ``trainer.world_size`` is under DDP."""
+        return max(self.world_size // (1 if self._virtual else self.num_stages), 1)
+
+    @property
+    def stage(self) -> int:
+        """The stage of this process. Global rank 0 holds the last one: Lightning expects the loss there."""
+        return self.num_stages - 1 - self.global_rank % self.num_stages
+
+    @property
+    def replica(self) -> int:
+        """The replica that this process belongs to."""
+        return self.global_rank if self._virtual else self.global_rank // self.num_stages
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """All processes as ``(replica, stage)``; along ``stage`` the last one comes first."""
+        if self._device_mesh is None:
+            raise RuntimeError("Accessing the device mesh before processes have initialized is not allowed.")
+        return self._device_mesh
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_parallel_size, "rank": self.replica}
+
+    @property
+    def _stage_ranks(self) -> list[int]:
+        """The global rank of each stage of this replica."""
+        return [self.replica * self.num_stages + delay for delay in delays_of(self.num_stages)]
+
+    @property
+    def _is_pipeline(self) -> bool:
+        return self.num_stages > 1 and not self._virtual
+
+    # ----- setup and end
+
+    @override
+    def _configure_launcher(self) -> None:
+        check_devices(self.num_stages, self.num_nodes * self.num_processes, self._virtual)
+        super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        width = 1 if self._virtual else self.num_stages
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, (self.world_size // width, width), mesh_dim_names=("replica", "stage")
+        )
+        if self._is_pipeline:
+            assert self.cluster_environment is not None
+            timeout = self._timeout or default_pg_timeout
+            over_nccl = self._get_process_group_backend() == "nccl"
+            if self._world is None:
+                self._world = World(self.cluster_environment.main_address, timeout)
+            self._transport = Transport(self.stage, self._stage_ranks, self.root_device, timeout, over_nccl)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._world is None:
+            return
+        if isinstance(exception, PeerError):
+            reason = str(exception)
+        else:
+            trace = "".join(traceback.format_exception(exception))
+            reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
+        if self._transport is not None:
+            self._transport.abort(reason)
+            self._transport = None
+        self._world.fail(reason)
+        self._world = None
+
+    @override
+    def teardown(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        super().teardown()
+
+    # ----- collectives: replicas average and gather, the world waits and decides
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return super().reduce(tensor, self._replica_group(group), reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, self._replica_group(group), sync_grads)
+
+    @override
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        if self._world is None:
+            return super().barrier(name, *args, **kwargs)
+        self._world.all_gather(None, f"the barrier {name!r}" if name else "a barrier")
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._answer is not None:
+            answer, once = self._answer
+            self._answer = None if once else self._answer
+            return answer(obj)
+        if self._world is None:
+            return super().broadcast(obj, src)
+        return self._world.all_gather(obj if self.global_rank == src else None, f"a broadcast of rank {src}")[src]
+
+    @contextmanager
+    def answering_broadcasts(self, answer: Callable[[Any], Any], once: bool = False) -> Iterator[None]:
+        """Let ``broadcast(obj)`` return ``answer(obj)`` without asking other processes, all or the first of them."""
+        self._answer = answer, once
+        try:
+            yield
+        finally:
+            self._answer = None
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self._world is None:
+            return super().reduce_boolean_decision(decision, all)
+        votes = self._world.all_gather(bool(decision), "a decision")
+        return min(votes) if all else max(votes)
+
+    def _replica_group(self, group: Any) -> Any:
+        """The processes that see different data, for all processes, which Lightning names explicitly."""
+        if self._is_pipeline and (group is None or group is dist.group.WORLD):
+            return self.device_mesh.get_group("replica")
+        return group
+
+    def _share(self, nest: Any, what: str) -> Any:
+        assert self._world is not None
+        return self._world.share(nest, what, self._stage_ranks, self._stage_ranks[-1], self.root_device)
+
+    def share_of_last_stage(self, nest: Any, what: str) -> Any:
+        """Give all stages of the replica the ``nest`` of the last one; ``what`` says for an error what it is."""
+        if self._world is None:
+            return nest
+        return self._world.share(nest, what, self._stage_ranks, self._stage_ranks[-1], self.root_device)
+
+    def share_of_first_stage(self, item: Any, what: str) -> Any:
+        """Give all stages of the replica the small ``item`` of the first one."""
+        assert self._world is not None
+        return self._world.all_gather(item, what, self._stage_ranks)[0]

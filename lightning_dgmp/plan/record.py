@@ -1,0 +1,93 @@
+"""What a trace writes down: operations on values that depend on parameters, with the module calls around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Appearance", "Call", "Op", "ParameterInfo", "Trace", "Value"]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter of the model, by its first name."""
+
+    name: str
+    numel: int
+    nbytes: int
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """A moment at which every stage can point at a value: it is leaf ``leaf`` of what ``call`` takes or returns."""
+
+    time: int
+    call: int
+    kind: str  # "arg" or "out"
+    leaf: int
+
+
+@dataclass
+class Value:
+    """A tensor that depends on parameters."""
+
+    op: int
+    nbytes: int
+    requires_grad: bool
+    storage: int
+    appearances: list[Appearance] = field(default_factory=list)
+
+
+@dataclass
+class Op:
+    """An operation on values.
+
+    ``call`` is the innermost module call that it happens in, -1 outside of all; ``checkpoint`` numbers the function of
+    :func:`torch.utils.checkpoint.checkpoint` that it happens in.
+    """
+
+    time: int
+    name: str
+    call: int
+    inputs: tuple[int, ...]
+    parameters: tuple[str, ...]
+    checkpoint: int | None = None
+    in_place: bool = False
+    flops: int = 0
+    nbytes: int = 0
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """A call of a module: ``occurrence`` counts the calls of the same module in one step."""
+
+    path: str
+    occurrence: int
+    parent: int
+    start: int
+    end: int = -1
+    ops: list[int] = field(default_factory=list)  # those inside, at any depth
+
+
+@dataclass
+class Trace:
+    """What one step ran, in order.
+
+    Attributes:
+        stopped: Where and why the trace ended before the step did; ``None`` if it did not. What the step does after
+            that point belongs to the last stage.
+        wanted: Values that the last stage should have if they can travel, and when: those that are logged, returned or
+            kept by the root module, and all that are in reach where the trace stopped.
+        returned_none: Whether the step returned ``None``.
+        changes: When the content of a storage was changed in place.
+    """
+
+    parameters: dict[str, ParameterInfo]
+    ops: list[Op] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    stopped: str | None = None
+    wanted: dict[int, float] = field(default_factory=dict)
+    returned_none: bool = False
+    changes: dict[int, list[int]] = field(default_factory=dict)
