@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_dgmp.calls import ParameterSlots, intercepted_calls
+from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_calls
 from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.schedule import delays_of
@@ -37,6 +37,7 @@ class Interception:
         self._runner = runner
         if runner is not None:
             self._stack.enter_context(intercepted_calls(self._module, runner.on_call, runner.watched))
+            self._stack.enter_context(custom_functions(runner.on_function))
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # compilers cannot read ghosts
 
 

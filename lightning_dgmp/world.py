@@ -128,6 +128,7 @@ class World:
 
     def wait(self, work: Any, what: str) -> None:
         """Wait for a collective ``work`` of torch.distributed, as :meth:`all_gather` waits for its items."""
+
         def give_up() -> None:
             raise PeerError(f"Rank {self.rank} waited {self.timeout} for the others at {what}.")
 

@@ -49,7 +49,9 @@ class OwnRandomness:
     """Random numbers of the host for some work, apart from those of the rest; they begin in today's state."""
 
     def __init__(self) -> None:
-        self._state = RandomState.current(_HOST)
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+        self._numpy = numpy.random.MT19937()
+        self._numpy.state = numpy.random.get_state()
 
     def seed(self, seed: int) -> None:
         with self():
@@ -58,13 +60,35 @@ class OwnRandomness:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Around the work."""
-        outside = RandomState.current(_HOST)
-        self._state.apply(_HOST)
-        try:
-            yield
-        finally:
-            self._state = RandomState.current(_HOST)
-            outside.apply(_HOST)
+        with _numpy_drawing_from(self._numpy), _put_back():
+            random.setstate(self._python)
+            torch.set_rng_state(self._torch)
+            try:
+                yield
+            finally:
+                self._python, self._torch = random.getstate(), torch.get_rng_state()
+
+
+@contextmanager
+def _put_back() -> Iterator[None]:
+    """Put Python's and torch's generators of the host back to what they were."""
+    python, host = random.getstate(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(host)
+
+
+@contextmanager
+def _numpy_drawing_from(generator: Any) -> Iterator[None]:
+    """Exchange NumPy's generator: its state is slow to read and to write."""
+    outside = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
+    numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        numpy.random.set_bit_generator(outside)  # type: ignore[attr-defined]
 
 
 class StepRandomness:
@@ -87,20 +111,14 @@ class StepRandomness:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around the user's step."""
-        python, host = random.getstate(), torch.get_rng_state()
         on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        # NumPy's generator is exchanged: its state is slow to read and to write.
-        generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
-        numpy.random.set_bit_generator(_STEP_GENERATOR)  # type: ignore[attr-defined]
-        seed_all(self._common, self.device)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]
-            torch.set_rng_state(host)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self.device)
+        with _numpy_drawing_from(_STEP_GENERATOR), _put_back():
+            seed_all(self._common, self.device)
+            try:
+                yield
+            finally:
+                if on_device is not None:
+                    torch.cuda.set_rng_state(on_device, self.device)
 
     def align(self) -> None:
         """Begin anew in a state that is common to all stages."""

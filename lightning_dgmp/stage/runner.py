@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_dgmp.calls import ParameterSlots, custom_functions
+from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
 from lightning_dgmp.nests import map_tensors, tensors_in
 from lightning_dgmp.plan.plan import Plan
@@ -32,7 +32,8 @@ class StageRunner:
     """Runs one stage of a plan.
 
     Args:
-        root: The LightningModule, or any module; its calls must reach :meth:`on_call`.
+        root: The LightningModule, or any module; its calls must reach :meth:`on_call`, and those of
+            custom functions :meth:`on_function`.
         slots: The parameters of ``root``.
         plan: The plan.
         stage: Which stage this is.
@@ -245,6 +246,10 @@ class StageRunner:
             " part of it. Call modules in `training_step` or `validation_step`, or after `trainer.fit`."
         )
 
+    def on_function(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Handle a custom autograd function; see :func:`lightning_dgmp.calls.custom_functions`."""
+        return apply(*args, **kwargs) if self._forward is None else self._forward.on_function(apply, args, kwargs)
+
     def _forward_of(self, record: InFlight, keeps_inputs: bool) -> Forward:
         randomness = StepRandomness(self.seed, record.batch, self.stage, self.device)
         receive = partial(self.transport.receive, ACTIVATIONS, batch=record.batch)
@@ -257,7 +262,6 @@ class StageRunner:
             with ExitStack() as stack:
                 stack.enter_context(self.slots.holding(self._others | record.parameters))
                 stack.enter_context(forward.randomness.step())
-                stack.enter_context(custom_functions(forward.on_function))
                 result = record.step()
         except StepDone:
             result = None
