@@ -51,7 +51,7 @@ class OwnRandomness:
     def __init__(self) -> None:
         self._python, self._torch = random.getstate(), torch.get_rng_state()
         self._numpy = numpy.random.MT19937()
-        self._numpy.state = numpy.random.get_state()
+        self._numpy.state = numpy.random.get_state(legacy=False)  # type: ignore[assignment]
 
     def seed(self, seed: int) -> None:
         with self():
