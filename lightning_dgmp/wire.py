@@ -85,13 +85,13 @@ class Wire:
                     f" {tensor.layout}. Convert it in the data set or before it leaves its module."
                 )
         if self.stream is None:
-            return Staged(message._replace(tensors=[t if t is None else t.contiguous() for t in message.tensors]), None)
+            return Staged(message._replace(tensors=[t if t is None else _dense(t) for t in message.tensors]), None)
         tensors: list[Tensor | None] = []
         for tensor in message.tensors:
             if tensor is not None:
-                tensor = tensor.contiguous()
+                tensor = _dense(tensor)
                 if self.pair is None:
-                    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
                     tensor = host.copy_(tensor, non_blocking=True)
             tensors.append(tensor)
         event = torch.cuda.Event()
@@ -104,7 +104,7 @@ class Wire:
         for tensor, wants_error in zip_longest(message.tensors, message.differentiable, fillvalue=False):
             if isinstance(tensor, Tensor):
                 kind = _DTYPES.index(tensor.dtype) + len(_DTYPES) * bool(wants_error)
-                description += [kind, tensor.dim(), *tensor.shape]
+                description += [kind, tensor.dim(), _packed(_order(tensor)), *tensor.shape]
             else:
                 description.append(-1)
         inline = len(description) <= _HEADER - _FIXED
@@ -123,7 +123,7 @@ class Wire:
             if tensor.numel():
                 if self.stream is not None and self.pair is not None:
                     tensor.record_stream(self.stream)
-                dist.send(tensor.detach(), self.rank, self.pair or self.group)
+                dist.send(tensor.detach().permute(_order(tensor)), self.rank, self.pair or self.group)
 
     def send_end(self, kind: int, text: str) -> None:
         data = text.encode()
@@ -174,18 +174,19 @@ class Wire:
                 continue
             wants_error.append(description[at] >= len(_DTYPES))
             dtype, dim = _DTYPES[description[at] % len(_DTYPES)], description[at + 1]
-            shape = description[at + 2 : at + 2 + dim]
-            at += 2 + dim
+            order = _unpacked(description[at + 2], dim)
+            shape = description[at + 3 : at + 3 + dim]
+            at += 3 + dim
             over_host = self.stream is None or self.pair is None
             tensor = torch.empty(
-                shape,
+                [shape[d] for d in order],
                 dtype=dtype,
                 device="cpu" if over_host else self.device,
                 pin_memory=over_host and self.stream is not None,
             )
             if tensor.numel():
                 dist.recv(tensor, self.rank, self.pair or self.group)
-            tensors.append(tensor.to(self.device, non_blocking=True))
+            tensors.append(tensor.permute(_inverse(order)).to(self.device, non_blocking=True))
         if self.stream is None:
             return None
         event = torch.cuda.Event()
@@ -215,3 +216,34 @@ class Arriving(NamedTuple):
 
     message: Message
     event: Any
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """``tensor`` without gaps in memory, its dimensions in the order that they have there."""
+    tensor = tensor.resolve_conj().resolve_neg()
+    order = _order(tensor)
+    ordered = tensor.permute(order)
+    return tensor if ordered.is_contiguous() else ordered.contiguous().permute(_inverse(order))
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions as they follow in memory, so that what arrives has the same layout, for views of it."""
+    dims = range(tensor.dim())
+    if tensor.is_contiguous() or len(dims) > _MAX_DIMS:
+        return list(dims)
+    return sorted(dims, key=lambda d: -tensor.stride(d))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+_MAX_DIMS = 15  # whose order fits into one integer of 64 bits
+
+
+def _packed(order: Sequence[int]) -> int:
+    return sum(d << 4 * i for i, d in enumerate(order[:_MAX_DIMS]))
+
+
+def _unpacked(packed: int, dim: int) -> list[int]:
+    return [packed >> 4 * i & 15 for i in range(dim)] if dim <= _MAX_DIMS else list(range(dim))

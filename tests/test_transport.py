@@ -34,7 +34,9 @@ def exchange() -> Any:
         None,
         torch.tensor(True),
         torch.zeros(0, 4, dtype=torch.bfloat16),
-        torch.full((2,), 1 + 2j),
+        torch.full((2,), 1 + 2j).conj(),
+        torch.arange(48.0).reshape(2, 3, 2, 4).contiguous(memory_format=torch.channels_last),
+        torch.arange(24.0).reshape(2, 3, 4)[:, ::2].transpose(0, 2),
         *(torch.zeros((1,) * 20) for _ in range(4)),  # too many dimensions for the header
     ]
     if stage == 0:
@@ -50,6 +52,8 @@ def exchange() -> Any:
                 assert (got is None) == (sent is None)
                 if got is not None and sent is not None:
                     torch.testing.assert_close(got, sent, rtol=0, atol=0)
+                    kept = sent.clone()  # without gaps in memory
+                    assert got.stride() == kept.stride() or kept.is_contiguous()
             transport.send(ERRORS, 0, Message(batch, False, [torch.tensor(batch)]))
     transport.close()
 

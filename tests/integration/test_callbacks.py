@@ -9,13 +9,16 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Timer
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelCheckpoint, Timer
 from torch import Tensor
+from torch.optim import SGD, Optimizer
 
 from lightning_dgmp.world import World
 from tests import models
 from tests.pool import WorkerPool
-from tests.training import fit
+from tests.training import assert_equal, fit
 
 
 class Slow(models.ValidatedMLP):
@@ -101,3 +104,39 @@ def rates_seen(virtual: bool) -> Any:
 
 def test_the_learning_rate_monitor(pool: WorkerPool) -> None:
     assert pool.run(rates_seen, 3, False)[0] == pool.run(rates_seen, 1, True)[0]
+
+
+class Finetuned(models.MLP):
+    def configure_optimizers(self) -> Optimizer:
+        return SGD((p for p in self.parameters() if p.requires_grad), lr=0.05, momentum=0.9)
+
+
+class UnfreezesLater(BaseFinetuning):
+    """Adds a parameter group, with parameters of the first stages, in the second epoch."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze([pl_module.inp, pl_module.hidden[0]])
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group([pl_module.inp, pl_module.hidden[0]], optimizer, lr=0.02)
+
+
+def fit_finetuning(folder: str, virtual: bool) -> Any:
+    callbacks = [UnfreezesLater(), ModelCheckpoint(folder, filename="last")]
+    args: dict[str, Any] = {"callbacks": callbacks, "enable_checkpointing": True, "max_epochs": 2}
+    strategy = {"num_stages": 3, "virtual": virtual}
+    return fit(Finetuned, models.vectors, strategy, 1 if virtual else 3, **args)
+
+
+def test_a_finetuning_callback_adds_a_parameter_group(pool: WorkerPool, tmp_path: Path) -> None:
+    expected = pool.run(fit_finetuning, 1, str(tmp_path / "virtual"), True)[0]
+    assert_equal(pool.run(fit_finetuning, 3, str(tmp_path / "processes"), False)[0], expected, 1e-6)
+    optimizers = [
+        torch.load(tmp_path / kind / "last.ckpt", weights_only=False)["optimizer_states"][0]
+        for kind in ("virtual", "processes")
+    ]
+    groups = [[group["params"] for group in optimizer["param_groups"]] for optimizer in optimizers]
+    assert groups[0] == groups[1]
+    assert len(groups[0]) > 1
+    assert optimizers[0]["state"].keys() == optimizers[1]["state"].keys()
