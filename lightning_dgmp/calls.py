@@ -1,12 +1,13 @@
 """Interception of module calls, and of the parameters that they read.
 
-Two things are done to the user's modules while a step runs, and undone after it: every call of a submodule goes through
-a handler of ours, and entries of ``_parameters`` are exchanged. This file is the only one that does either.
+Things are done to the user's modules while a step runs, and undone after it: every call of a submodule goes through a
+handler of ours, entries of ``_parameters`` are exchanged, and backward hooks are set aside where there is no graph.
+This file is the only one that does any of it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CallHandler", "ParameterSlots", "custom_functions", "intercepted_calls"]
+__all__ = [
+    "CallHandler",
+    "ParameterSlots",
+    "custom_functions",
+    "has_backward_hooks",
+    "intercepted_calls",
+    "no_backward_hooks",
+]
 
 #: ``handler(call, module, path, args, kwargs)`` does what a call of ``module`` should do; ``call`` is the original.
 CallHandler = Callable[[Callable[..., Any], nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
@@ -62,6 +70,25 @@ def custom_functions(around: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def no_backward_hooks(root: nn.Module) -> Iterator[None]:
+    """Let ``root`` and its submodules have no backward hooks: ghosts have no graph to hang them on."""
+    modules = [module for module in root.modules() if has_backward_hooks(module)]
+    kept = [(module, module._backward_hooks, module._backward_pre_hooks) for module in modules]
+    for module in modules:
+        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in kept:
+            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether ``module`` wants to see the gradients of its outputs or inputs."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _through(

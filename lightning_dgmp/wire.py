@@ -231,7 +231,7 @@ def _order(tensor: Tensor) -> list[int]:
     dims = range(tensor.dim())
     if tensor.is_contiguous() or len(dims) > _MAX_DIMS:
         return list(dims)
-    return sorted(dims, key=lambda d: -tensor.stride(d))
+    return sorted(dims, key=tensor.stride().__getitem__, reverse=True)
 
 
 def _inverse(order: Sequence[int]) -> list[int]:

@@ -62,7 +62,7 @@ class Cuts:
         self.nbytes = [0] * (len(self.units) + 1)
         if self.units:
             self._measure_heights()
-            self._forbid_cuts_in_checkpoints()
+            self._forbid_cuts_inside()
             self._measure_crossings()
             for name, parameter in trace.parameters.items():
                 if parameter.requires_grad and name in self.unit_of:
@@ -133,17 +133,22 @@ class Cuts:
                     " argument nor an output of a module call there",
                 )
 
-    def _forbid_cuts_in_checkpoints(self) -> None:
+    def _forbid_cuts_inside(self) -> None:
+        for index, call in enumerate(self.trace.calls):
+            if call.is_hooked:
+                where = f"`{call.path or 'the step'}`, whose backward hooks need all of it on one stage"
+                self._forbid(*self.call_span(index), f"it lies in {where}")
         spans: dict[int, tuple[int, int]] = {}
         for op, height in zip(self.trace.ops, self.op_heights):
             if op.checkpoint is not None:
                 low, high = spans.get(op.checkpoint, (height, height))
                 spans[op.checkpoint] = min(low, height), max(high, height)
         for low, high in spans.values():
-            for cut in range(low + 1, high + 1):
-                self.obstacles.setdefault(
-                    cut, "it lies in a function of `torch.utils.checkpoint`, which runs again as a whole"
-                )
+            self._forbid(low, high, "it lies in a function of `torch.utils.checkpoint`, which runs again as a whole")
+
+    def _forbid(self, low: int, high: int, reason: str) -> None:
+        for cut in range(low + 1, high + 1):
+            self.obstacles.setdefault(cut, reason)
 
 
 def stage_cost(cuts: Cuts, start: int, end: int) -> float:

@@ -60,12 +60,16 @@ class Op:
 
 @dataclass
 class Call:
-    """A call of a module: ``occurrence`` counts the calls of the same module in one step."""
+    """A call of a module: ``occurrence`` counts the calls of the same module in one step.
+
+    ``is_hooked`` says that the module has backward hooks, and so has to be on one stage.
+    """
 
     path: str
     occurrence: int
     parent: int
     start: int
+    is_hooked: bool = False
     end: int = -1
     ops: list[int] = field(default_factory=list)  # those inside, at any depth
 

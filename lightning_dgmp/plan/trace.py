@@ -20,7 +20,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_calls
+from lightning_dgmp.calls import (
+    ParameterSlots,
+    custom_functions,
+    has_backward_hooks,
+    intercepted_calls,
+    no_backward_hooks,
+)
 from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead
 from lightning_dgmp.nests import leaves, tensors_in
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
@@ -50,7 +56,8 @@ def trace_step(
     tracer = _Tracer(root, device, readers)
     functions = custom_functions(tracer.on_function)
     with untouched(root, device), torch.compiler.set_stance("force_eager"):
-        with tracer.slots.holding(tracer.ghosts), intercepted_calls(root, tracer.on_call), functions:
+        calls = intercepted_calls(root, tracer.on_call)
+        with tracer.slots.holding(tracer.ghosts), calls, functions, no_backward_hooks(root):
             try:
                 returned = step(tracer.want)
                 tracer.trace.returned_none = returned is None
@@ -81,6 +88,7 @@ class _Tracer(GhostMode):
         # Also what metrics count in; all of it is put back after the trace.
         kept = (item for module in root.modules() for item in vars(module).values() if is_plain(item))
         self.written_over = {id(tensor) for tensor in (*root.buffers(), *kept)}
+        self._hooked = {module for module in root.modules() if has_backward_hooks(module)}
         self._open: list[int] = []
         self._occurrences: Counter[str] = Counter()
         self._time = self._functions_open = 0
@@ -96,7 +104,7 @@ class _Tracer(GhostMode):
     ) -> Any:
         trace, index = self.trace, len(self.trace.calls)
         parent = self._open[-1] if self._open else -1
-        trace.calls.append(Call(path, self._occurrences[path], parent, self._tick()))
+        trace.calls.append(Call(path, self._occurrences[path], parent, self._tick(), module in self._hooked))
         self._occurrences[path] += 1
         self._note((args, kwargs), index, "arg")
         if isinstance(module, self.readers) and (read := tensors_in((args, kwargs), Ghost)):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dgmp.calls import no_backward_hooks
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, looks_of
 from lightning_dgmp.nests import leaves, map_leaves, map_tensors
 from lightning_dgmp.plan.restore import attributes_saved
@@ -41,9 +42,11 @@ class Skips:
         if template is None:
             self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
             self._mode.draws_noise = False  # what happens inside of the module is its owner's
-            restore = attributes_saved(self._root.get_submodule(path))  # they are the owner's to change
+            module = self._root.get_submodule(path)
+            restore = attributes_saved(module)  # they are the owner's to change
             try:
-                template = _Template(call(*args, **kwargs), leaves((args, kwargs)))
+                with no_backward_hooks(module):
+                    template = _Template(call(*args, **kwargs), leaves((args, kwargs)))
             finally:
                 restore()
                 self._mode.written_over, self._mode.draws_noise = set(), True

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from tests import models
+from tests import models, traps
 from tests.pool import WorkerPool
 from tests.training import Outcome, assert_equal, fit
 
@@ -45,14 +45,16 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "u-net": (models.UNet, models.images),
     "lightning's transformer": (models.DemoTransformer, models.ragged_tokens),
     "two views": (models.Contrastive, models.vectors),
-    "custom function": (models.CustomFunction, models.vectors),
-    "a look without a graph": (models.LooksFirst, models.vectors),
-    "reentrant checkpoint": (models.ReentrantCheckpoint, models.vectors),
-    "checkpoint": (partial(models.Checkpointed, depth=6), models.vectors),
-    "penalties": (models.Penalised, models.vectors),
-    "changes in place": (models.ChangesThings, models.vectors),
-    "unfrozen later": (models.Unfreezes, models.vectors),
-    "moving average": (models.MovingAverage, models.vectors),
+    "custom function": (traps.CustomFunction, models.vectors),
+    "a look without a graph": (traps.LooksFirst, models.vectors),
+    "reentrant checkpoint": (traps.ReentrantCheckpoint, models.vectors),
+    "checkpoint": (partial(traps.Checkpointed, depth=6), models.vectors),
+    "penalties": (traps.Penalised, models.vectors),
+    "changes in place": (traps.ChangesThings, models.vectors),
+    "unfrozen later": (traps.Unfreezes, models.vectors),
+    "moving average": (traps.MovingAverage, models.vectors),
+    "backward hooks": (traps.BackwardHooks, models.vectors),
+    "layouts": (traps.Layouts, models.vectors),
     "gpt2": (partial(models.HuggingFace, "gpt2"), models.ragged_tokens),
     "llama": (partial(models.HuggingFace, "llama"), models.ragged_tokens),
     "bert": (partial(models.HuggingFace, "bert"), models.ragged_tokens),

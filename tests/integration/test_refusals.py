@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dgmp import DelayedMPStrategy
-from tests import models
+from tests import models, traps
 from tests.pool import Failure, WorkerPool
 from tests.training import fit
 
@@ -370,7 +370,7 @@ def test_a_dtype_that_cannot_be_sent(pool: WorkerPool) -> None:
 
 
 def test_a_buffer_that_keeps_the_value_of_another_stage(pool: WorkerPool) -> None:
-    results = failures(pool, 4, models.KeepsAnEarlyValue)
+    results = failures(pool, 4, traps.KeepsAnEarlyValue)
     assert_all_say(results, "The buffer `early` was assigned a value that is not on stage")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.trace import trace_step
-from tests import models
+from tests import models, traps
 
 CPU = torch.device("cpu")
 
@@ -133,7 +133,7 @@ def test_metrics_are_not_updated() -> None:
 
 def test_custom_functions_are_themselves_again() -> None:
     before = torch.autograd.Function.__dict__["apply"]
-    seen = trace(models.CustomFunction.Layer(), torch.randn(2, 8))
+    seen = trace(traps.CustomFunction.Layer(), torch.randn(2, 8))
     assert torch.autograd.Function.__dict__["apply"] is before
     assert seen.values[-1].requires_grad
 
