@@ -76,6 +76,12 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
         super().on_run_start(data_fetcher)
 
     @override
+    def _get_monitor_value(self, key: str) -> Any:
+        """Of a scheduler that is due: all stages are here, and the last one may have logged the value just now."""
+        self._strategy.learned.share_results()
+        return super()._get_monitor_value(key)
+
+    @override
     def _broadcast_sigterm_tensor(self) -> None:
         """The stop flag travels with the messages instead."""
 
