@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
+from lightning_dgmp.wire import Wish
+
 if TYPE_CHECKING:
     from lightning_dgmp.strategy import DelayedMPStrategy
 
@@ -60,16 +62,17 @@ def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> 
         runner, interval = strategy.runner, checkpoint._train_time_interval
         assert runner is not None
         every = checkpoint._every_n_train_steps
-        is_due = runner.is_marked or (every >= 1 and trainer.global_step % every == 0)
+        is_due = Wish.SAVE in runner.granted or (every >= 1 and trainer.global_step % every == 0)
         if is_due and checkpoint.monitor is not None:
             strategy.learned.share_results()
         if interval is None:
             original(trainer, *args, **kwargs)
             return
-        with strategy.answering_broadcasts(lambda _: not runner.is_marked, once=True):
+        with strategy.answering_broadcasts(lambda _: Wish.SAVE not in runner.granted, once=True):
             original(trainer, *args, **kwargs)
         since = checkpoint._last_time_checked
-        if since is not None and time.monotonic() - since >= interval.total_seconds():
-            runner.mark_next()
+        is_time = since is not None and time.monotonic() - since >= interval.total_seconds()
+        if is_time and runner.stage == 0:  # one clock decides
+            runner.request(Wish.SAVE)
 
     return on_train_batch_end

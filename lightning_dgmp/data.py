@@ -77,7 +77,7 @@ class Feed:
 
     def _send(self, tensors: list[torch.Tensor], extra: bytes) -> None:
         for stage in self._others:
-            self._transport.send(DATA, stage, Message(self._num_messages, False, tensors, extra=extra))  # type: ignore[arg-type]
+            self._transport.send(DATA, stage, Message(self._num_messages, 0, tensors, extra=extra))  # type: ignore[arg-type]
         self._num_messages += 1
 
     def _receive(self) -> Message:

@@ -17,7 +17,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from lightning_dgmp.wire import Stop
+from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -59,11 +59,11 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
         runner, signals = self._strategy.runner, self.trainer._signal_connector
         if runner is not None:
             if signals.received_sigterm:
-                runner.request_stop(Stop.TERMINATE)
+                runner.request(Wish.TERMINATE)
             elif self.trainer.should_stop:
-                runner.request_stop(Stop.END)
-            self.trainer.should_stop = runner.stop_agreed >= Stop.END
-            signals.received_sigterm = runner.stop_agreed >= Stop.TERMINATE
+                runner.request(Wish.END)
+            self.trainer.should_stop = bool(runner.ending)
+            signals.received_sigterm = Wish.TERMINATE in runner.ending
 
     @override
     def on_run_start(self, data_fetcher: Any) -> None:
@@ -88,15 +88,16 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
     @override
     def on_advance_end(self, data_fetcher: Any) -> None:
         self._pass_on_wishes_to_stop()
-        if not self._should_check_val_fx(data_fetcher):
-            super().on_advance_end(data_fetcher)
-            return
-        self._strategy.flush()
+        runner, validates = self._strategy.runner, self._should_check_val_fx(data_fetcher)
+        if validates:
+            self._strategy.flush()
         super().on_advance_end(data_fetcher)
-        runner = self._strategy.runner
+        if runner is None:
+            return
         # All stages are here anyway: a wish to stop, as of EarlyStopping, need not travel.
-        if runner is not None and self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False):
-            runner.stop_agreed = max(runner.stop_agreed, Stop.END)
+        if validates and self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False):
+            runner.ending |= Wish.END
+        self._strategy.signals.after_batch(runner)
 
 
 class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typing_extensions import override
@@ -21,6 +25,8 @@ from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import PeerError, World
 
 __all__ = ["MeshStrategy"]
+
+_NOT_OF_USER = ("lightning_dgmp", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
 
 
 class MeshStrategy(DDPStrategy):
@@ -48,12 +54,26 @@ class MeshStrategy(DDPStrategy):
         self._device_mesh: DeviceMesh | None = None
         self._world: World | None = None
         self._transport: Transport | None = None
+        self._has_warned = False
         self._answer: tuple[Callable[[Any], Any], bool] | None = None
 
     @property
     def num_stages(self) -> int:
         """Into how many stages the model is cut."""
         return self.num_processes if self._num_stages_flag == "auto" else self._num_stages_flag
+
+    @property
+    @override
+    def world_size(self) -> int:
+        """All processes. User code that scales by it, as under DDP, is warned once."""
+        if self._is_pipeline and not self._has_warned and _is_of_user(sys._getframe(1)):
+            self._has_warned = True
+            rank_zero_warn(
+                f"`world_size` counts all processes, of which the {self.num_stages} stages of a model are some. Where"
+                " it stands for how many processes see different data, as in learning rates and numbers of batches, use"
+                " `trainer.strategy.data_parallel_size`."
+            )
+        return super().world_size
 
     @property
     def data_parallel_size(self) -> int:
@@ -198,3 +218,10 @@ class MeshStrategy(DDPStrategy):
         """Give all stages of the replica the small ``item`` of the first one."""
         assert self._world is not None
         return self._world.all_gather(item, what, self._stage_ranks)[0]
+
+
+def _is_of_user(frame: FrameType | None) -> bool:
+    """Whether the caller, or who asked ``Trainer.world_size``, is neither this project nor Lightning."""
+    if frame is not None and frame.f_code is Trainer.world_size.fget.__code__:  # type: ignore[attr-defined]
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_OF_USER

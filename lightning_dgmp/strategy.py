@@ -37,6 +37,7 @@ from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
+from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
@@ -135,6 +136,7 @@ class DelayedMPStrategy(MeshStrategy):
             if self._is_pipeline:
                 if trainer.state.fn == TrainerFn.FITTING:
                     self._undo_callbacks = adapt_callbacks(trainer, self)
+                    self.signals = Signals(trainer, self)
                 confine_metrics(self.lightning_module, self.device_mesh.get_group("replica"))
         super().setup(trainer)
 

@@ -40,6 +40,8 @@ ACTIVATIONS = "activations"
 ERRORS = "errors"
 DATA = "data"
 
+_FOREVER = timedelta(days=365)
+
 
 class Peer(NamedTuple):
     """A stage and the global rank of the process that runs it."""
@@ -69,7 +71,8 @@ class Transport:
         self._peers = [Peer(k, rank) for k, rank in enumerate(ranks)]
         self.me = self._peers[stage]
         directions = (ACTIVATIONS, ERRORS, DATA)
-        self._groups = {d: dist.new_group(timeout=timeout, backend="gloo") for d in directions}
+        # Threads receive ahead, also while nothing is to come for long: only who needs a message has a limit.
+        self._groups = {d: dist.new_group(timeout=_FOREVER, backend="gloo") for d in directions}
         self._in: dict[tuple[str, int], _Inbox] = {}
         self._out: dict[tuple[str, int], _Outbox] = {}
         self._edges: set[tuple[int, int]] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import IntEnum
+from enum import IntFlag
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Stop", "Wire"]
+__all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Wire", "Wish"]
 
 _DATA, CLOSE, ABORT = range(3)
 _HEADER = 64  # integers; longer descriptions follow in a message of their own
@@ -22,30 +22,33 @@ _DTYPES = [
 ]  # fmt: skip
 
 
-class Stop(IntEnum):
-    """How training is to end, if it is."""
+class Wish(IntFlag):
+    """What all stages should do after the same batch.
 
-    NO = 0
-    END = 1
-    TERMINATE = 2
+    Wishes travel back with the errors to stage 0, which grants them for its next batch; what is granted travels forward
+    with the activations.
+    """
+
+    END = 1  # training
+    TERMINATE = 2  # ... as after SIGTERM
+    SAVE = 4  # a checkpoint by the clock
+    REQUEUE = 8  # the job
 
 
 class Message(NamedTuple):
     """What one stage tells another about one batch.
 
-    ``stop`` asks for, or announces, the end of training (a :class:`Stop`); ``flush`` says that there are no activations
-    of this batch because the sender is about to run its outstanding backwards; ``differentiable`` says for which
-    tensors the sender wants errors; ``extra`` is whatever else there is to say; ``mark`` announces that all stages do
-    something after this batch that stage 0 has decided on.
+    ``wishes`` is a :class:`Wish`; ``flush`` says that there are no activations of this batch because the sender is
+    about to run its outstanding backwards; ``differentiable`` says for which tensors the sender wants errors; ``extra``
+    is whatever else there is to say.
     """
 
     batch: int
-    stop: int
+    wishes: int
     tensors: list[Tensor | None]
     flush: bool = False
     differentiable: Sequence[bool] = ()
     extra: bytes = b""
-    mark: bool = False
 
 
 class Broken(Exception):
@@ -108,7 +111,7 @@ class Wire:
             else:
                 description.append(-1)
         inline = len(description) <= _HEADER - _FIXED
-        flags = int(message.stop) << 2 | message.flush << 1 | message.mark
+        flags = int(message.wishes) << 1 | message.flush
         fixed = [_DATA, message.batch, flags, len(message.tensors), len(description), len(message.extra)]
         self._send_integers(fixed + (description if inline else []))
         if not inline:
@@ -151,8 +154,7 @@ class Wire:
             dist.recv(longer, self.rank, self.group)
             description = longer.tolist()
         wants_error: list[bool] = []
-        flush, mark = bool(flags & 2), bool(flags & 1)
-        message = Message(batch, flags >> 2, [], flush, wants_error, self._receive_bytes(num_bytes), mark)
+        message = Message(batch, flags >> 1, [], bool(flags & 1), wants_error, self._receive_bytes(num_bytes))
         event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
         return Arriving(message, event)
 

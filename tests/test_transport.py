@@ -47,7 +47,7 @@ def exchange() -> Any:
     else:
         for batch in range(10):
             message = transport.receive(ACTIVATIONS, 0, batch)
-            assert message.stop == (batch == 9)
+            assert message.wishes == (batch == 9)
             for got, sent in zip(message.tensors, values, strict=True):
                 assert (got is None) == (sent is None)
                 if got is not None and sent is not None:
@@ -79,6 +79,21 @@ def send_ahead() -> int:
 
 def test_sending_ahead(pool: WorkerPool) -> None:
     assert pool.run(send_ahead, 2) == [1, 0]
+
+
+def idle() -> int:
+    transport, stage = connect(timeout=1)
+    time.sleep(2.5)
+    if stage == 0:
+        transport.send(ACTIVATIONS, 1, Message(0, 0, []))
+    else:
+        transport.receive(ACTIVATIONS, 0, 0)
+    transport.close()
+    return stage
+
+
+def test_a_channel_may_be_idle_for_longer_than_the_timeout(pool: WorkerPool) -> None:
+    assert pool.run(idle, 2) == [1, 0]
 
 
 def fail(how: str) -> str:

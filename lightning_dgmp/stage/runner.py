@@ -21,7 +21,7 @@ from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
 from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Transport
-from lightning_dgmp.wire import Message, Stop
+from lightning_dgmp.wire import Message, Wish
 
 __all__ = ["BackwardMode", "StageRunner"]
 
@@ -64,8 +64,9 @@ class StageRunner:
         self.transport, self.mode, self.seed, self.device = transport, mode, seed, device
         self.in_flight: deque[InFlight] = deque()
         self.num_forwards = self._flushed_at = first_batch
-        self.stop_agreed = self._stop_requested = Stop.NO
-        self.is_marked = self._marks_next = False
+        self._wishes = Wish(0)
+        self.granted = Wish(0)  # for the last batch
+        self.ending = Wish(0)  # whether training ends, and how
         self.whole = False  # set while all parameters have their values on this process
         self.is_last = stage == plan.num_stages - 1
         self.own = {name: p for name, p in slots.parameters.items() if stage in plan.stage_of(name)}
@@ -108,13 +109,13 @@ class StageRunner:
             result = self._run(forward)
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
-        messages = record.received.values()
-        stop = self._stop_requested if self.stage == 0 else Stop(max(message.stop for message in messages))
-        self.stop_agreed = max(self.stop_agreed, stop)
-        self.is_marked = self._marks_next if self.stage == 0 else any(message.mark for message in messages)
-        self._marks_next = False
+        if self.stage == 0:
+            self.granted, self._wishes = self._wishes, Wish(0)
+        else:
+            self.granted = Wish(next(iter(record.received.values())).wishes)
+        self.ending |= self.granted & (Wish.END | Wish.TERMINATE)
         # Without a graph yet, what the first batch showed must do.
-        self._send_exits(record, stop, self._wiring.differentiable if graph_later else None)
+        self._send_exits(record, self._wiring.differentiable if graph_later else None)
         if graph_later:
             record.exits.clear()
         else:
@@ -138,29 +139,22 @@ class StageRunner:
         finally:
             for source in self._wiring.sources:
                 forward.message(source)
-            self._send_exits(record, Stop.NO)
+            self._send_exits(record)
             self.num_forwards += 1
 
-    def request_stop(self, stop: Stop) -> None:
-        """Let all stages end after the same batch, soon: the wish travels to stage 0, and its decision to all."""
-        self._stop_requested = max(self._stop_requested, stop)
+    def request(self, wish: Wish) -> None:
+        """Let ``wish`` be granted on all stages after the same batch, soon."""
+        self._wishes |= wish
 
-    def mark_next(self) -> None:
-        """On stage 0: let ``is_marked`` be true on all stages after the next batch."""
-        self._marks_next = True
-
-    def _send_exits(
-        self, record: InFlight, stop: Stop, differentiable: Mapping[int, Sequence[bool]] | None = None
-    ) -> None:
+    def _send_exits(self, record: InFlight, differentiable: Mapping[int, Sequence[bool]] | None = None) -> None:
         for target, count in self._wiring.targets.items():
             sent = [record.exits.get((target, slot)) for slot in range(count)]
             tensors = [None if t is None else t.detach() for t in sent]
             wants = (
                 [t is not None and t.requires_grad for t in sent] if differentiable is None else differentiable[target]
             )
-            self.transport.send(
-                ACTIVATIONS, target, Message(record.batch, stop, tensors, differentiable=wants, mark=self.is_marked)
-            )
+            message = Message(record.batch, self.granted, tensors, differentiable=wants)
+            self.transport.send(ACTIVATIONS, target, message)
 
     @property
     def due(self) -> bool:
@@ -190,14 +184,17 @@ class StageRunner:
                 self._backward_from_errors(record)
         for source, count in self._wiring.sources.items():
             errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
-            self.transport.send(ERRORS, source, Message(record.batch, self._stop_requested, errors))
+            wishes = Wish(0)
+            if source == self.stage - 1:  # one way for each, or it would be granted twice
+                wishes, self._wishes = self._wishes, wishes
+            self.transport.send(ERRORS, source, Message(record.batch, wishes, errors))
 
     def _backward_from_errors(self, record: InFlight) -> None:
         roots: list[Tensor] = []
         errors: list[Tensor] = []
         for target, count in self._wiring.targets.items():
             message = self.transport.receive(ERRORS, target, record.batch)
-            self.request_stop(Stop(message.stop))
+            self.request(Wish(message.wishes))
             for slot, error in enumerate(message.tensors[:count]):
                 root = record.exits.get((target, slot))
                 if root is not None and error is not None and root.requires_grad:
@@ -219,7 +216,7 @@ class StageRunner:
             return False
         self._flushed_at = self.num_forwards
         for target in self._wiring.targets:
-            self.transport.send(ACTIVATIONS, target, Message(self.num_forwards, False, [], flush=True))
+            self.transport.send(ACTIVATIONS, target, Message(self.num_forwards, 0, [], flush=True))
         for source in self._wiring.sources:
             self.transport.receive(ACTIVATIONS, source, self.num_forwards, flush=True)
         return True
@@ -227,7 +224,7 @@ class StageRunner:
     def end_flush(self) -> None:
         """Wait until the neighbours have flushed too: what comes next may be a collective, which knows no reasons."""
         for source in self._wiring.sources:
-            self.transport.send(ERRORS, source, Message(self.num_forwards, False, [], flush=True))
+            self.transport.send(ERRORS, source, Message(self.num_forwards, 0, [], flush=True))
         for target in self._wiring.targets:
             self.transport.receive(ERRORS, target, self.num_forwards, flush=True)
 
