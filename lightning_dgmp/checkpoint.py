@@ -43,7 +43,7 @@ class WeightShards:
     ) -> None:
         self._ranks, self._group, self._world, self._stage = ranks, group, world, stage
         self._owners = {name: plan.stage_of(name)[0] for name in slots.parameters}
-        self._parameters = slots.parameters
+        self._parameters, self._names = slots.parameters, slots.names
         self._foreign = {name for name, owner in self._owners.items() if owner != stage}
         self._root, self._modules = root, plan.modules
 
@@ -51,6 +51,24 @@ class WeightShards:
         """Keep the values of this stage alone; the other parameters become shadows."""
         for name in self._foreign:
             drop_storage(self._parameters[name])
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """The part of the module's ``state_dict()`` that this stage owns."""
+        state = self._root.state_dict()
+        for path, module in self._root.named_modules():
+            prefix = f"{path}." if path else ""
+            owner = self._owner_of_buffers(path)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and self._owners[self._names[parameter]] != self._stage:
+                    state.pop(prefix + name, None)
+            for name in module._buffers:
+                if owner != self._stage:
+                    state.pop(prefix + name, None)
+        return state
+
+    def _owner_of_buffers(self, path: str) -> int:
+        owner = self._modules.get(path)
+        return len(self._ranks) - 1 if owner is None else owner
 
     def assemble(self) -> None:
         """Give every process all values. All stages must call it."""
@@ -63,11 +81,10 @@ class WeightShards:
 
     def _share_buffers(self, stage: int) -> None:
         """Give every process the buffers of ``stage``, whose shapes may have changed; the last has those of no one."""
-        last = len(self._ranks) - 1
         owned = {
             (path, name): buffer
             for path, module in self._root.named_modules()
-            if (last if (owner := self._modules.get(path)) is None else owner) == stage
+            if self._owner_of_buffers(path) == stage
             for name, buffer in module._buffers.items()
         }
         device = next((b.device for b in self._root.buffers()), torch.device("cpu"))
@@ -130,26 +147,25 @@ class OptimizerShards:
             if self._stage not in self._plan.stage_of(name):
                 self.optimizer.state.pop(parameter, None)
 
+    def own_state_dict(self) -> dict[str, Any]:
+        """The state of this stage's parameters by their names, and the groups of all; nobody is asked."""
+        self._divide()
+        local = self.optimizer.state_dict()
+        groups = [{**saved, "params": names} for saved, names in zip(local["param_groups"], self._names)]
+        return {**local, "state": {self._own[i]: state for i, state in local["state"].items()}, "param_groups": groups}
+
     def state_dict(self) -> dict[str, Any]:
         """The state for all parameters in the user's order, on the collecting rank; ``{}`` elsewhere.
 
         All stages must call it.
         """
-        self._divide()
-        local = self.optimizer.state_dict()
-        mine = {self._own[i]: state for i, state in local["state"].items()}
-        parts = self._world.gather(mine, "the collecting of the optimizer's state", self._ranks, self._ranks[-1])
+        own, what = self.own_state_dict(), "the collecting of the optimizer's state"
+        parts = self._world.gather(own["state"], what, self._ranks, self._ranks[-1])
         if parts is None:
             return {}
         states = {name: state for part in parts for name, state in part.items()}
         order = [name for names in self._names for name in names]
         indices = iter(range(len(order)))
-        groups = [
-            {**saved, "params": [next(indices) for _ in names]}
-            for saved, names in zip(local["param_groups"], self._names)
-        ]
-        return {
-            **local,
-            "state": {i: states[name] for i, name in enumerate(order) if name in states},
-            "param_groups": groups,
-        }
+        groups = [{**group, "params": [next(indices) for _ in group["params"]]} for group in own["param_groups"]]
+        numbered = {i: states[name] for i, name in enumerate(order) if name in states}
+        return {**own, "state": numbered, "param_groups": groups}

@@ -96,10 +96,19 @@ class Pipeline:
             self.runner.whole = False
             self._weights.disperse()
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
-        """The state of ``optimizer`` for all parameters, on the last stage; ``None`` if it is not one of ours."""
+    def optimizer_state(self, optimizer: Optimizer, only_own: bool = False) -> dict[str, Any] | None:
+        """The state of ``optimizer``; ``None`` if it is not one of ours.
+
+        That for all parameters, on the last stage, or that for the parameters of this stage by their names.
+        """
         shards = next((s for s in self._optimizers if s.optimizer is optimizer), None)
-        return None if shards is None else shards.state_dict()
+        if shards is None:
+            return None
+        return shards.own_state_dict() if only_own else shards.state_dict()
+
+    def own_state_dict(self) -> dict[str, Any]:
+        """What this stage owns of the module's ``state_dict()``."""
+        return self._weights.own_state_dict()
 
     def close(self) -> None:
         """Give every process all values for good. Nothing may be in flight."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
+from lightning_dgmp.sharded import load_sharded, save_sharded
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
@@ -64,6 +66,8 @@ class DelayedMPStrategy(MeshStrategy):
             and the weights, with the same result for less memory and one more forward; ``"replay"`` the inputs alone,
             and the backward uses the weights of that time (Features Replay, Huo et al., NeurIPS 2018).
         virtual: Train on one device with exactly the delays of ``num_stages`` stages.
+        save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
+            that the whole model is nowhere; otherwise ordinary files.
         timeout: How long a stage waits for another before it gives up with an error.
         **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
     """
@@ -77,6 +81,7 @@ class DelayedMPStrategy(MeshStrategy):
         split_at: Sequence[str] | None = None,
         backward: BackwardMode = "stash",
         virtual: bool = False,
+        save_distributed_checkpoint: bool = False,
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
@@ -85,6 +90,7 @@ class DelayedMPStrategy(MeshStrategy):
             raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
         self._split_at = None if split_at is None else list(split_at)
         self._backward: BackwardMode = backward
+        self._shards_checkpoints = save_distributed_checkpoint
         self._loaded_seed: int | None = None
         self._feed: Feed | None = None
         self._undo_callbacks: Callable[[], None] = _nothing
@@ -413,6 +419,9 @@ class DelayedMPStrategy(MeshStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._shards_checkpoints and self._pipeline is not None:
+            self.flush()
+            return self._pipeline.own_state_dict()
         with self.whole_model():
             return super().lightning_module_state_dict()
 
@@ -420,7 +429,8 @@ class DelayedMPStrategy(MeshStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if self._pipeline is not None:
             self.flush()
-            state = self._pipeline.optimizer_state(getattr(optimizer, "_optimizer", optimizer))
+            optimizer = getattr(optimizer, "_optimizer", optimizer)
+            state = self._pipeline.optimizer_state(optimizer, only_own=self._shards_checkpoints)
             if state is not None:
                 return state
         return super().optimizer_state(optimizer)
@@ -429,6 +439,10 @@ class DelayedMPStrategy(MeshStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.num_stages > 1:
             checkpoint[_KEY] = {"seed": self._seed}  # from which the random numbers of all epochs and steps follow
+        if self._shards_checkpoints:
+            group = None if self._world is None else self._world.group
+            save_sharded(checkpoint, Path(filepath), group, self.is_global_zero, self.barrier)
+            return
         is_plain = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
         if not is_plain:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -436,6 +450,12 @@ class DelayedMPStrategy(MeshStrategy):
             partial_path = f"{filepath}.part"
             super().save_checkpoint(checkpoint, partial_path, storage_options)
             os.replace(partial_path, filepath)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if "://" not in str(checkpoint_path) and Path(checkpoint_path).is_dir():
+            return load_sharded(Path(checkpoint_path), *args, **kwargs)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

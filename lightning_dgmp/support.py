@@ -73,6 +73,11 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
             " `gradient_clip_algorithm='value'`."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, callbacks.LearningRateFinder):
+            raise MisconfigurationException(
+                f"{strategy} does not support the search for a learning rate, which steers by the loss of each batch,"
+                f" but there is a `{type(callback).__name__}`. Search on one device without this strategy."
+            )
         if (
             isinstance(callback, callbacks.GradientAccumulationScheduler)
             and callback.going_to_accumulate_grad_batches()

@@ -47,7 +47,7 @@ class World:
         self._store: Any = None
         self._counts: Counter[tuple[int, ...]] = Counter()
         self._old_keys: dict[tuple[int, ...], str] = {}
-        self._group = dist.new_group(backend="gloo", timeout=timeout)  # for tensors of the host
+        self.group = dist.new_group(backend="gloo", timeout=timeout)  # for tensors of the host
         port = [0]
         if self.rank == 0:
             self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -111,7 +111,7 @@ class World:
         def send() -> None:
             for tensor in tensors:
                 if tensor.numel():
-                    dist.send(tensor.detach().cpu().contiguous(), rank, self._group)
+                    dist.send(tensor.detach().cpu().contiguous(), rank, self.group)
 
         self.wait(_Blocking(send), what)
 
@@ -121,7 +121,7 @@ class World:
         def receive() -> None:
             for tensor in tensors:
                 if tensor.numel():
-                    dist.recv(tensor, rank, self._group)
+                    dist.recv(tensor, rank, self.group)
 
         self.wait(_Blocking(receive), what)
         return join(form, tensors)

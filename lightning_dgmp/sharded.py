@@ -1,0 +1,99 @@
+"""Checkpoints that no process ever holds as a whole: folders of torch.distributed.checkpoint, in Lightning's format.
+
+The folder holds one file of tensors a process and ``meta.pt`` with everything else, as those that Lightning's
+``ModelParallelStrategy`` writes; ``python -m lightning.pytorch.utilities.consolidate_checkpoint`` makes an ordinary
+checkpoint of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+__all__ = ["load_sharded", "save_sharded"]
+
+_META = "meta.pt"
+
+
+def save_sharded(
+    checkpoint: dict[str, Any], path: Path, group: Any, is_global_zero: bool, wait_for_all: Callable[[str], None]
+) -> None:
+    """Write what this process has of ``checkpoint``; a kill at any moment leaves what was there before.
+
+    All processes must call it.
+
+    Args:
+        checkpoint: As Lightning makes it, with this process's part of ``"state_dict"`` and, by the names of parameters,
+            of ``"optimizer_states"``.
+        path: The folder, on a file system that all processes share.
+        group: A process group of all of them, of the host.
+        is_global_zero: Whether this is rank 0.
+        wait_for_all: Waits until all processes are there.
+    """
+    rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    state = {"model": checkpoint["state_dict"]}
+    state.update({f"optimizer_{i}": _by_text(part) for i, part in enumerate(checkpoint.get("optimizer_states", []))})
+    partial, old = Path(f"{path}.part"), Path(f"{path}.old")
+    if is_global_zero:
+        _remove(partial)
+        partial.mkdir(parents=True)
+    wait_for_all("the start of a sharded checkpoint")
+    dcp.save(state, checkpoint_id=partial, process_group=group)
+    if is_global_zero:
+        torch.save(rest, partial / _META)
+        _remove(old)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(partial, path)
+        _remove(old)
+    wait_for_all("the end of a sharded checkpoint")
+
+
+def load_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """An ordinary Lightning checkpoint with all that is in the folder ``path``.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+    """
+    state: dict[str, Any] = {}
+    reader = dcp.FileSystemReader(path)
+    try:
+        extra = torch.load(path / _META, map_location="cpu", weights_only=bool(weights_only))
+        files = {info.relative_path for info in reader.read_metadata().storage_data.values()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_incomplete(path, Path(error.filename).name)) from None
+    for name in sorted(files):
+        if not (path / name).is_file():
+            raise FileNotFoundError(_incomplete(path, name))
+    _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    optimizers = sorted((key for key in state if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
+    return {**extra, "state_dict": state["model"], "optimizer_states": [state[key] for key in optimizers]}
+
+
+def _by_text(optimizer_state: dict[str, Any]) -> dict[str, Any]:
+    """With texts in the place of numbers, which torch.distributed.checkpoint takes for places in lists."""
+    groups = [{**group, "params": [str(key) for key in group["params"]]} for group in optimizer_state["param_groups"]]
+    state = {str(key): value for key, value in optimizer_state["state"].items()}
+    return {**optimizer_state, "state": state, "param_groups": groups}
+
+
+def _incomplete(path: Path, name: str) -> str:
+    return (
+        f"A sharded checkpoint must have all of its files, but `{path}` has no `{name}`. Copy the folder again, or"
+        " resume from an earlier checkpoint."
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
