@@ -1,0 +1,122 @@
+"""Signals reach each process at another moment, and all stages act on them after the same batch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from tests import models
+from tests.integration.test_launchers import ROOT, environment
+from tests.pool import WorkerPool
+from tests.training import fit
+
+
+class Signals(Callback):
+    """Sends a signal to its own process."""
+
+    def __init__(self, batches: dict[int, int], signum: int) -> None:
+        self.batches, self.signum, self.steps = batches, signum, 0
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        self.steps = trainer.global_step
+        if self.batches.get(trainer.global_rank) == trainer.global_step:
+            os.kill(os.getpid(), self.signum)
+
+
+def fit_until_the_term(rank: int) -> int:
+    callback = Signals({rank: 9}, signal.SIGTERM)
+    with pytest.raises(SIGTERMException):
+        fit(models.MLP, models.vectors, {"num_stages": 3}, 3, callbacks=[callback])
+    return callback.steps
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_term_to_any_process_ends_all_after_the_same_batch(pool: WorkerPool, rank: int) -> None:
+    steps = set(pool.run(fit_until_the_term, 3, rank))
+    assert len(steps) == 1
+    assert 9 <= steps.pop() <= 9 + 6
+
+
+def fit_as_a_job(folder: str, batches: dict[int, int]) -> int:
+    """As a SLURM job of three tasks, with a `scontrol` that only writes down what it is told."""
+    variables = {
+        "NTASKS": "3", "NTASKS_PER_NODE": "3", "JOB_NAME": "test", "PROCID": os.environ["LOCAL_RANK"],
+        "LOCALID": os.environ["LOCAL_RANK"], "NODEID": "0", "NNODES": "1", "JOB_ID": "1", "NODELIST": "127.0.0.1",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(f"SLURM_{name}", value)
+        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        callback = Signals(batches, signal.SIGUSR1)
+        args: dict[str, Any] = {"plugins": [SLURMEnvironment()], "callbacks": [callback], "default_root_dir": folder}
+        return fit(models.MLP, models.vectors, {"num_stages": 3}, 3, **args).global_step
+
+
+@pytest.mark.parametrize("batches", [{0: 9}, {0: 9, 1: 9, 2: 9}, {2: 9}])
+def test_a_job_is_saved_and_requeued_once(pool: WorkerPool, tmp_path: Path, batches: dict[int, int]) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    scontrol.chmod(0o755)
+    assert pool.run(fit_as_a_job, 3, str(tmp_path), batches) == [34] * 3
+    assert (tmp_path / "calls").read_text() == "requeue 1\n"
+    checkpoint = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert 9 <= checkpoint["global_step"] <= 9 + 6
+    assert not any(value.isnan().any() for value in checkpoint["state_dict"].values())
+
+
+SCRIPT = """
+import os, sys, time
+from lightning.pytorch import Callback, Trainer
+import lightning_dgmp
+from tests import models
+
+class Ready(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        time.sleep(0.05)
+        if trainer.global_step == 5:
+            open(os.path.join(sys.argv[1], str(trainer.global_rank)), "w").write(str(os.getpid()))
+
+if __name__ == "__main__":
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="delayed_mp", max_epochs=100, logger=False, callbacks=[Ready()],
+        enable_checkpointing=False, enable_progress_bar=False,
+    )
+    trainer.fit(models.MLP(), models.vectors())
+"""
+
+
+@pytest.mark.parametrize("whom", ["all", "0", "1"])
+def test_an_interrupt_ends_all(tmp_path: Path, whom: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 100
+    while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    time.sleep(0.5)  # the files are written
+    if whom == "all":  # as the terminal does
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(int((tmp_path / whom).read_text()), signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in errors
+    left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
+    assert not left, "a process was left behind"
