@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_dgmp.wire import Wish
 
@@ -23,24 +25,24 @@ __all__ = ["adapt_callbacks"]
 
 
 def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[], None]:
-    """Exchange ``on_train_batch_end`` of such callbacks.
+    """Exchange hooks of such callbacks, and of those that save when an exception ends training.
 
     Returns:
         What undoes it.
     """
-    adapted = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Timer):
             callback.on_train_batch_end = _of_timer(callback, strategy)  # type: ignore[method-assign]
         elif isinstance(callback, ModelCheckpoint):
             callback.on_train_batch_end = _of_checkpoint(callback, strategy)  # type: ignore[method-assign]
-        else:
-            continue
-        adapted.append(callback)
+        if isinstance(callback, (ModelCheckpoint, OnExceptionCheckpoint)):
+            callback.on_exception = _only_together(callback)  # type: ignore[method-assign]
 
     def undo() -> None:
-        for callback in adapted:
-            vars(callback).pop("on_train_batch_end", None)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, (Timer, ModelCheckpoint, OnExceptionCheckpoint)):
+                vars(callback).pop("on_train_batch_end", None)
+                vars(callback).pop("on_exception", None)
 
     return undo
 
@@ -76,3 +78,18 @@ def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> 
             runner.request(Wish.SAVE)
 
     return on_train_batch_end
+
+
+def _only_together(callback: ModelCheckpoint | OnExceptionCheckpoint) -> Callable[..., None]:
+    original = callback.on_exception
+
+    def on_exception(trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):  # which all stages raise after the same batch
+            original(trainer, module, exception)
+        elif isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            rank_zero_warn(
+                f"`{type(callback).__name__}` saves nothing: a process has failed, and with it a part of the model is"
+                " gone. Save at intervals."
+            )
+
+    return on_exception

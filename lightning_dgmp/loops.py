@@ -56,14 +56,14 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
 
     def _pass_on_wishes_to_stop(self) -> None:
         """Ask all stages to end instead of ending this one, and end when all do."""
-        runner, signals = self._strategy.runner, self.trainer._signal_connector
+        runner = self._strategy.runner
         if runner is not None:
-            if signals.received_sigterm:
+            if self._strategy.signals.wants_to_end:
                 runner.request(Wish.TERMINATE)
             elif self.trainer.should_stop:
                 runner.request(Wish.END)
             self.trainer.should_stop = bool(runner.ending)
-            signals.received_sigterm = Wish.TERMINATE in runner.ending
+            self.trainer._signal_connector.received_sigterm = Wish.TERMINATE in runner.ending
 
     @override
     def on_run_start(self, data_fetcher: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:
-    from lightning_dgmp.mesh import MeshStrategy
     from lightning_dgmp.stage.runner import StageRunner
+    from lightning_dgmp.strategy import DelayedMPStrategy
 
 __all__ = ["Signals"]
 
@@ -28,10 +29,11 @@ class Signals:
         strategy: Knows who launched the other processes.
     """
 
-    def __init__(self, trainer: Trainer, strategy: MeshStrategy) -> None:
+    def __init__(self, trainer: Trainer, strategy: DelayedMPStrategy) -> None:
         self._connector = connector = trainer._signal_connector
         self._strategy = strategy
-        self._requeue = connector._slurm_sigusr_handler_fn
+        self._requeue = partial(type(connector)._slurm_sigusr_handler_fn, connector)
+        self.wants_to_end = False  # by SIGTERM
         self._is_requeue_due = self._is_requeued = False
         connector._slurm_sigusr_handler_fn = self._on_requeue_signal  # type: ignore[method-assign]
         connector._sigterm_notifier_fn = self._on_sigterm  # type: ignore[method-assign]
@@ -49,6 +51,8 @@ class Signals:
         self._is_requeue_due = True
 
     def _on_sigterm(self, signum: int, _: FrameType | None) -> None:
-        if not self._connector.received_sigterm and self._strategy.launcher is not None:
+        if not self.wants_to_end and self._strategy.launcher is not None:
             self._strategy.launcher.kill(signal.Signals(signum))
-        self._connector.received_sigterm = True
+        self.wants_to_end = True
+        if self._strategy.runner is None:  # nothing to agree on yet
+            self._connector.received_sigterm = True

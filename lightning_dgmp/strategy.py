@@ -267,7 +267,7 @@ class DelayedMPStrategy(MeshStrategy):
         number = runner.num_forwards
         result = runner.forward(step)
         if not runner.is_last:
-            return torch.zeros((), device=self.root_device)  # the loss is the last stage's
+            return runner.absent_loss
         if result is None:
             raise MisconfigurationException(
                 "`training_step` must return a loss on every batch, but it returned None. The stages work on several"

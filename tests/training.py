@@ -69,7 +69,9 @@ def fit(
     chosen: Any = strategy if strategy is not None else "auto"
     if isinstance(strategy, dict):
         chosen = lightning_dgmp.DelayedMPStrategy(**strategy)
-    defaults: dict[str, Any] = {"enable_checkpointing": False}
+    defaults: dict[str, Any] = dict.fromkeys(
+        ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -77,8 +79,6 @@ def fit(
         max_epochs=max_epochs,
         logger=logger,
         log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         **{**defaults, **trainer_args},
     )
     trainer.fit(module, make_loader(), make_val_loader() if make_val_loader else None, ckpt_path=ckpt_path)

@@ -27,6 +27,8 @@ __all__ = ["BackwardMode", "StageRunner"]
 
 BackwardMode = Literal["stash", "recompute", "replay"]
 
+_OF_THE_LAST = "the last stage, which alone has the loss (global rank 0): read it there, `if trainer.is_global_zero`"
+
 
 class StageRunner:
     """Runs one stage of a plan.
@@ -72,6 +74,8 @@ class StageRunner:
         self.own = {name: p for name, p in slots.parameters.items() if stage in plan.stage_of(name)}
         ghosts = GhostMode()
         self._skips = Skips(root, ghosts)
+        #: What stands for the loss on a stage that does not have it.
+        self.absent_loss = ghosts.like(torch.zeros(()), _OF_THE_LAST, False, device)
         self._others = {
             name: ghosts.like(p, f"the parameter `{name}` of stage {plan.stage_of(name)[0]}", False, device)
             for name, p in slots.parameters.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,14 +11,29 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, ModelCheckpoint, Timer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    Timer,
+    TQDMProgressBar,
+)
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dgmp.world import World
 from tests import models
-from tests.pool import WorkerPool
+from tests.pool import Failure, WorkerPool
 from tests.training import assert_equal, fit
 
 
@@ -140,3 +156,101 @@ def test_a_finetuning_callback_adds_a_parameter_group(pool: WorkerPool, tmp_path
     assert groups[0] == groups[1]
     assert len(groups[0]) > 1
     assert optimizers[0]["state"].keys() == optimizers[1]["state"].keys()
+
+
+class ReadsTheLoss(Callback):
+    def __init__(self, everywhere: bool) -> None:
+        self.everywhere = everywhere
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *args: Any) -> None:
+        assert outputs["loss"].shape == ()
+        if self.everywhere or trainer.is_global_zero:
+            self.losses.append(outputs["loss"].item())
+
+
+def fit_reading_the_loss(everywhere: bool) -> Any:
+    callback = ReadsTheLoss(everywhere)
+    outcome = fit(models.MLP, models.vectors, {"num_stages": 2}, 2, callbacks=[callback])
+    return [row["loss"] for _, row in outcome.rows], callback.losses
+
+
+def test_a_callback_reads_the_loss_where_it_is(pool: WorkerPool) -> None:
+    (logged, read), (_, nothing) = pool.run(fit_reading_the_loss, 2, False)
+    assert read == pytest.approx(logged)
+    assert not nothing
+
+
+def test_reading_the_loss_where_it_is_not_is_an_error(pool: WorkerPool) -> None:
+    for result in pool.try_run(fit_reading_the_loss, 2, True):
+        assert isinstance(result, Failure)
+        assert "which alone has the loss (global rank 0): read it there, `if trainer.is_global_zero`" in result.message
+
+
+class PlateauByStep(models.MLP):
+    """The monitored value exists on the last stage alone when the scheduler wants it."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.05)
+        scheduler = ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+        config = {"scheduler": scheduler, "interval": "step", "frequency": 5, "monitor": "loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def test_a_scheduler_by_step_that_watches_a_metric(pool: WorkerPool) -> None:
+    strategy = {"num_stages": 3}
+    expected = pool.run(fit, 1, PlateauByStep, models.vectors, {**strategy, "virtual": True}, 1)[0]
+    assert_equal(pool.run(fit, 3, PlateauByStep, models.vectors, strategy, 3)[0], expected, 1e-6)
+
+
+class ScalesByWorld(models.MLP):
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.world_size == 2
+        assert self.trainer.strategy.data_parallel_size == 1  # type: ignore[attr-defined]
+        return SGD(self.parameters(), lr=0.01 * self.trainer.world_size)
+
+
+def fit_noting_warnings() -> list[str]:
+    with patch("lightning_dgmp.mesh.rank_zero_warn") as warn:
+        fit(ScalesByWorld, models.vectors, {"num_stages": 2}, 2)
+    return [call.args[0] for call in warn.call_args_list]
+
+
+def test_who_scales_by_the_world_is_warned_once(pool: WorkerPool) -> None:
+    (warning,) = pool.run(fit_noting_warnings, 2)[0]
+    assert "use `trainer.strategy.data_parallel_size`" in warning
+
+
+@pytest.mark.parametrize("callback", [ModelCheckpoint, EarlyStopping])
+def test_a_monitor_that_nobody_logs(pool: WorkerPool, callback: Any) -> None:
+    for result in pool.try_run(fit_with, 2, callback(monitor="nothing")):
+        assert isinstance(result, Failure)
+        assert re.search("monitor='nothing'|metric `nothing`", result.message)
+
+
+def fit_with(callback: Any, **kwargs: Any) -> Any:
+    args = {"callbacks": [callback], "enable_checkpointing": isinstance(callback, ModelCheckpoint), **kwargs}
+    outcome = fit(models.ValidatedMLP, models.vectors, {"num_stages": 2}, 2, make_val_loader=models.vectors, **args)
+    return outcome.global_step
+
+
+@pytest.mark.parametrize("make", [RichProgressBar, DeviceStatsMonitor, TQDMProgressBar, ModelSummary, RichModelSummary])
+def test_lightnings_other_callbacks(pool: WorkerPool, make: Any) -> None:
+    args: dict[str, Any] = {"limit_train_batches": 8}
+    if "Progress" in make.__name__:
+        args["enable_progress_bar"] = True
+    if "Summary" in make.__name__:
+        args["enable_model_summary"] = True
+    assert pool.run(fit_with, 2, make(), **args) == [8, 8]
+
+
+def test_the_search_for_a_learning_rate_is_refused(pool: WorkerPool) -> None:
+    for result in pool.try_run(fit_with, 2, LearningRateFinder()):
+        assert isinstance(result, Failure)
+        assert "does not support the search for a learning rate" in result.message
+
+
+def test_the_search_for_a_batch_size_is_refused(pool: WorkerPool) -> None:
+    for result in pool.try_run(fit_with, 2, BatchSizeFinder()):
+        assert isinstance(result, Failure)
+        assert "not supported with distributed strategies" in result.message

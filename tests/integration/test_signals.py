@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -54,10 +56,10 @@ def fit_as_a_job(folder: str, batches: dict[int, int]) -> int:
         "NTASKS": "3", "NTASKS_PER_NODE": "3", "JOB_NAME": "test", "PROCID": os.environ["LOCAL_RANK"],
         "LOCALID": os.environ["LOCAL_RANK"], "NODEID": "0", "NNODES": "1", "JOB_ID": "1", "NODELIST": "127.0.0.1",
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as changes:
         for name, value in variables.items():
-            patch.setenv(f"SLURM_{name}", value)
-        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+            changes.setenv(f"SLURM_{name}", value)
+        changes.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         callback = Signals(batches, signal.SIGUSR1)
         args: dict[str, Any] = {"plugins": [SLURMEnvironment()], "callbacks": [callback], "default_root_dir": folder}
         return fit(models.MLP, models.vectors, {"num_stages": 3}, 3, **args).global_step
@@ -120,3 +122,30 @@ def test_an_interrupt_ends_all(tmp_path: Path, whom: str) -> None:
     assert "KeyboardInterrupt" in errors
     left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
     assert not left, "a process was left behind"
+
+
+def fit_and_save_at_the_end(folder: str, fails: bool) -> Any:
+    callback = Fails() if fails else Signals({1: 9}, signal.SIGTERM)
+    callbacks = [callback, OnExceptionCheckpoint(folder)]
+    with patch.object(OnExceptionCheckpoint, "teardown"):  # which removes the file
+        return fit(models.MLP, models.vectors, {"num_stages": 2}, 2, callbacks=callbacks, enable_checkpointing=True)
+
+
+class Fails(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 9 and trainer.global_rank == 1:
+            raise ZeroDivisionError("the user's own error")
+
+
+def test_a_checkpoint_at_a_term_is_whole(pool: WorkerPool, tmp_path: Path) -> None:
+    results = pool.try_run(fit_and_save_at_the_end, 2, str(tmp_path), False)
+    assert [result.type for result in results] == ["SIGTERMException"] * 2
+    checkpoint = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert 9 <= checkpoint["global_step"] <= 9 + 4
+    assert not any(value.isnan().any() for value in checkpoint["state_dict"].values())
+
+
+def test_no_checkpoint_at_the_failure_of_a_stage(pool: WorkerPool, tmp_path: Path) -> None:
+    for result in pool.try_run(fit_and_save_at_the_end, 2, str(tmp_path), True):
+        assert "the user's own error" in result.message
+    assert not list(tmp_path.iterdir())
