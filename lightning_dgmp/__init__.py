@@ -3,8 +3,7 @@
 Importing the package registers ``Trainer(strategy="delayed_mp")``.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
-
+from lightning_dgmp.host import StrategyRegistry
 from lightning_dgmp.plan import Plan, PlanError
 from lightning_dgmp.strategy import DelayedMPStrategy
 from lightning_dgmp.version import __version__

@@ -11,11 +11,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, Timer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
+from lightning_dgmp.host import (
+    LightningModule,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    SIGTERMException,
+    Timer,
+    Trainer,
+    rank_zero_warn,
+)
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:

@@ -11,10 +11,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DistributedSampler
 
+from lightning_dgmp.host import MisconfigurationException, sized_len
 from lightning_dgmp.nests import join, split
 from lightning_dgmp.transport import DATA, Transport
 from lightning_dgmp.wire import Message

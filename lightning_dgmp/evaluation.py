@@ -7,13 +7,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import Metric
 
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.ghost import GhostError
+from lightning_dgmp.host import LightningModule, rank_zero_warn
 from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.cut import PlanError

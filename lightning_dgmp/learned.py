@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_dgmp.host import LightningModule
 from lightning_dgmp.nests import leaves
 
 __all__ = ["Learned"]

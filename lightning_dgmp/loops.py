@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.loops.prediction_loop import _PredictionLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_dgmp.host import (
+    MisconfigurationException,
+    _EvaluationLoop,
+    _FitLoop,
+    _Loop,
+    _PredictionLoop,
+    _TrainingEpochLoop,
+)
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
+    from lightning_dgmp.host import Trainer
     from lightning_dgmp.strategy import DelayedMPStrategy
 
 __all__ = ["install_loops"]

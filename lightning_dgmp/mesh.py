@@ -11,14 +11,11 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch.distributed as dist
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typing_extensions import override
 
+from lightning_dgmp.host import DDPStrategy, Trainer, default_pg_timeout, rank_zero_warn
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.support import check_devices
 from lightning_dgmp.transport import Transport

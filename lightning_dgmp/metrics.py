@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torchmetrics import Metric
 
 from lightning_dgmp.ghost import Ghost
+from lightning_dgmp.host import DummyLogger, LightningModule, rank_zero_warn
 from lightning_dgmp.nests import tensors_in
 
 __all__ = ["confine_metrics", "logging_nothing", "logging_what_is_here"]

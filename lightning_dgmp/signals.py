@@ -7,8 +7,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Trainer
-
+from lightning_dgmp.host import Trainer
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:

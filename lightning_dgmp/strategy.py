@@ -11,15 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, _augment_message
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -30,6 +21,18 @@ from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.evaluation import Evaluation
+from lightning_dgmp.host import (
+    MisconfigurationException,
+    TorchCheckpointIO,
+    Trainer,
+    TrainerFn,
+    _augment_message,
+    _StrategyRegistry,
+    call,
+    default_pg_timeout,
+    is_param_in_hook_signature,
+    rank_zero_info,
+)
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import install_loops
 from lightning_dgmp.mesh import MeshStrategy

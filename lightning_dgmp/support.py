@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer, callbacks
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS
+
+from lightning_dgmp.host import (
+    LightningModule,
+    MisconfigurationException,
+    MixedPrecision,
+    Trainer,
+    callbacks,
+    is_overridden,
+)
 
 # `WeightAveraging` is new in Lightning 2.6
 _NAMES = ("StochasticWeightAveraging", "WeightAveraging")

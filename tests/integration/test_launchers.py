@@ -80,6 +80,51 @@ def test_spawn(expected: str, tmp_path: Path) -> None:
     assert result(done.stdout) == expected
 
 
+STANDALONE = """
+import sys
+import pytorch_lightning as pl
+import lightning_dgmp
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+if __name__ == "__main__":
+    data = DataLoader(TensorDataset(torch.randn(64, 8)), 8)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="delayed_mp", max_epochs=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False,
+    )
+    trainer.fit(Model(), data, data)
+    assert "lightning.pytorch" not in sys.modules
+    if trainer.is_global_zero:
+        print("SUM", *trainer.callback_metrics)
+"""
+
+
+def test_the_standalone_package(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(STANDALONE)
+    done = subprocess.run(
+        [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert result(done.stdout) == "SUM val_loss"
+
+
 def test_torchrun(expected: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     done = subprocess.run(
