@@ -80,6 +80,51 @@ def test_spawn(expected: str, tmp_path: Path) -> None:
     assert result(done.stdout) == expected
 
 
+COMMAND = """
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+import lightning_dgmp
+from tests import models
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return models.vectors()
+
+    def val_dataloader(self):
+        return models.vectors()
+
+if __name__ == "__main__":
+    cli = LightningCLI(models.ValidatedMLP, Data, seed_everything_default=1)
+    if cli.trainer.is_global_zero:
+        print("SUM", cli.trainer.strategy.plan.num_stages, *cli.trainer.callback_metrics)
+"""
+
+CONFIG = """
+trainer:
+  accelerator: cpu
+  devices: 2
+  max_epochs: 1
+  logger: false
+  enable_progress_bar: false
+  enable_checkpointing: false
+  strategy:
+    class_path: lightning_dgmp.DelayedMPStrategy
+    init_args:
+      num_stages: 2
+      backward: recompute
+"""
+
+
+def test_lightning_cli(tmp_path: Path) -> None:
+    script, config = tmp_path / "script.py", tmp_path / "run.yaml"
+    script.write_text(COMMAND)
+    config.write_text(CONFIG)
+    command = [sys.executable, str(script), "fit", "--config", str(config)]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert result(done.stdout) == "SUM 2 loss val_loss"
+
+
 STANDALONE = """
 import sys
 import pytorch_lightning as pl

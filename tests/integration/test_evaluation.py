@@ -1,0 +1,158 @@
+"""Validation, test and prediction through the pipeline, before, within and after training."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from lightning_dgmp import DelayedMPStrategy
+from tests import models
+from tests.pool import WorkerPool
+from tests.training import ListLogger
+
+
+class Evaluated(models.MLP):
+    """Logs in every way, and evaluates other modules, other data and other batch sizes than it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = torch.nn.Linear(16, 4)
+        self.metrics = MetricCollection([MulticlassAccuracy(4), MulticlassF1Score(4)], prefix="val_")
+        self.mean = MeanMetric()
+        self.best = 0.0
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True)
+        self.log_dict({"twice": 2 * loss, "index": float(batch_idx)}, on_step=False, on_epoch=True)
+        self.log("largest", loss, reduce_fx="max", on_epoch=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("epoch", float(self.current_epoch))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        x, y = batch
+        hidden = torch.tanh(self.hidden[1](torch.tanh(self.hidden[0](torch.tanh(self.inp(x))))))
+        logits = self(x) + self.side(hidden)
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val_both", loss, on_step=True, on_epoch=True)
+        self.mean.update(loss)
+        if dataloader_idx == 0:
+            self.metrics(logits, y)
+            self.log_dict(self.metrics, on_step=False, on_epoch=True, add_dataloader_idx=False)
+        self.seen.append(loss)
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        self.best = max(self.best, float(self.metrics["MulticlassAccuracy"].compute()))
+        self.log("best", self.best)
+        self.log("val_mean", self.mean)
+        self.log("seen", torch.stack(self.seen).sum())
+        self.seen.clear()
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        loss = self.loss(batch)
+        self.log("test_loss", loss)
+        return {"loss": loss}
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0]).argmax(-1), batch_idx
+
+
+def loaders() -> list[DataLoader]:
+    return [models.vectors(50, 16), models.vectors(21, 5)]
+
+
+def evaluate(num_stages: int, virtual: bool) -> dict[str, Any]:
+    seed_everything(7, verbose=False)
+    module, logger = Evaluated(), ListLogger()
+    devices, strategy = (1 if virtual else num_stages), DelayedMPStrategy(num_stages, virtual=virtual)
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy,
+        max_epochs=2, logger=logger, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1, val_check_interval=11, num_sanity_val_steps=2,
+    )  # fmt: skip
+    story: dict[str, Any] = {"before": trainer.validate(module, loaders(), verbose=False)}
+    trainer.fit(module, models.vectors(), loaders())
+    story["metrics"] = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    story["best"] = module.best
+    story["after"] = trainer.validate(module, loaders(), verbose=False)
+    story["test"] = trainer.test(module, models.vectors(33, 10), verbose=False)
+    predictions = trainer.predict(module, models.vectors(33, 10))
+    if trainer.is_global_zero:
+        assert predictions is not None
+        story["predictions"] = [(classes.tolist(), index) for classes, index in predictions]
+        story["rows"] = logger.rows
+    return story
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_close(ours[key], value)
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs):
+            assert_close(a, b)
+    else:
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_evaluation_says_what_one_process_says(pool: WorkerPool, num_stages: int) -> None:
+    expected = pool.run(evaluate, 1, num_stages, True)[0]
+    results = pool.run(evaluate, num_stages, num_stages, False)
+    assert_close(results[0], expected)
+    for other in results[1:]:
+        assert_close(other, {key: value for key, value in results[0].items() if key not in ("predictions", "rows")})
+
+
+class Generates(models.MLP):
+    """Calls the network again on what it has returned, so that no plan can divide the step."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x = batch[0]
+        for _ in range(3):
+            x = torch.nn.functional.pad(self(x), (0, 4))
+        self.log("val_loss", x.square().mean())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+
+
+def generate(num_stages: int, virtual: bool) -> Any:
+    seed_everything(7, verbose=False)
+    module: LightningModule = Generates()
+    devices, strategy = (1 if virtual else num_stages), DelayedMPStrategy(num_stages, virtual=virtual)
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy,
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with patch("lightning_dgmp.evaluation.rank_zero_warn") as warn:
+        trainer.fit(module, models.vectors(), models.vectors(20))
+    value = trainer.callback_metrics["val_loss"].item()
+    predictions = trainer.predict(module, models.vectors(20))
+    warnings = [call.args[0] for call in warn.call_args_list]
+    return value, warnings, predictions
+
+
+def test_a_step_that_cannot_be_divided_runs_with_the_whole_model(pool: WorkerPool) -> None:
+    expected, _, nothing = pool.run(generate, 1, 2, True)[0]
+    for value, warnings, predictions in pool.run(generate, 2, 2, False):
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert len(warnings) == 2, "the sanity check and the validation, each once"
+        assert "`validation_step` runs with the whole model on every process" in warnings[0]
+        assert predictions == nothing == [None] * 3
