@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.host import MisconfigurationException
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.stage.snapshot import drop_storage, restore_storage
 from lightning_dgmp.world import World
@@ -138,7 +139,7 @@ class OptimizerShards:
     def _divide(self) -> None:
         """Take what is of other stages out of the groups that are new, as those of finetuning callbacks."""
         for param_group in self.optimizer.param_groups[len(self._names) :]:
-            names = [self._slots.names[p] for p in param_group["params"]]
+            names = [self._name(p) for p in param_group["params"]]
             own = [name for name in names if self._stage in self._plan.stage_of(name)]
             self._names.append(names)
             self._own += own
@@ -146,6 +147,14 @@ class OptimizerShards:
         for name, parameter in self._slots.parameters.items():
             if self._stage not in self._plan.stage_of(name):
                 self.optimizer.state.pop(parameter, None)
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        if parameter not in self._slots.names:
+            raise MisconfigurationException(
+                "The optimizer must update parameters of the LightningModule, but one of shape"
+                f" {tuple(parameter.shape)} does not belong to it, so no stage owns it. Register it as an attribute."
+            )
+        return self._slots.names[parameter]
 
     def own_state_dict(self) -> dict[str, Any]:
         """The state of this stage's parameters by their names, and the groups of all; nobody is asked."""

@@ -189,6 +189,8 @@ class GhostMode:
             subject = args[0] if args else None
         if name in _READS:
             raise GhostRead(inputs[0], name)
+        if name == "__getitem__":
+            args = (subject, _numbered(args[1]), *args[2:])
         if func is torch.autograd.grad:
             raise GhostError(
                 f"`torch.autograd.grad` was called on {inputs[0].describe()}. A step may not differentiate by itself,"
@@ -213,7 +215,9 @@ class GhostMode:
         fakes = {id(g.fake): g for g in inputs}
         key = None if in_place else self.key(func, args, kwargs)
         result = None if key is None else self._results.get(key)
-        if result is None:
+        if result is not None:
+            fakes = {}  # what was kept may be what an input shows, and yet it is a new tensor
+        else:
             try:
                 with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, self.around(func):
                     result = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
@@ -264,7 +268,7 @@ def looks_of(obj: Any) -> Any:
         if obj.looks is None:
             fake = obj.fake
             obj.looks = fake.shape, fake.stride(), fake.dtype, fake.device
-        return *obj.looks, obj.needs_grad
+        return Ghost, *obj.looks, obj.needs_grad
     if isinstance(obj, Tensor):
         return obj.shape, obj.stride(), obj.dtype, obj.device, obj.requires_grad
     if isinstance(obj, PLAIN):
@@ -288,6 +292,18 @@ def _fake(tensor: Tensor) -> Tensor:
 
 def _realise(tensor: Tensor) -> Tensor:
     return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor
+
+
+def _numbered(index: Any) -> Any:
+    """``index`` with places in the stead of real masks, so that the shape of what they select is known."""
+
+    def one(item: Any) -> tuple[Any, ...]:
+        is_mask = isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) and not isinstance(item, Ghost)
+        return item.nonzero(as_tuple=True) if is_mask and item.dim() else (item,)
+
+    parts = index if isinstance(index, tuple) else (index,)
+    numbered = tuple(part for item in parts for part in one(item))
+    return numbered if len(numbered) != 1 or isinstance(index, tuple) else numbered[0]
 
 
 def _shell(tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ all, so that all stages stop after the same batch. These classes are the only pl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_dgmp.host import Trainer
     from lightning_dgmp.strategy import DelayedMPStrategy
 
-__all__ = ["install_loops"]
+__all__ = ["clock_at", "install_loops"]
 
 _NO_BATCH = (
     "`trainer.fit` needs at least one batch, but the training data loader is empty. Check the data set, `drop_last` and"
@@ -40,6 +42,19 @@ def install_loops(trainer: Trainer) -> None:
     for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
         loop.__class__ = _SharingEvaluationLoop
     trainer.predict_loop.__class__ = _SharingPredictionLoop
+
+
+@contextmanager
+def clock_at(trainer: Trainer, global_step: int, epoch: int) -> Iterator[None]:
+    """Let ``global_step`` and ``current_epoch`` be those of an earlier batch, while its step runs again."""
+    steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    epochs = trainer.fit_loop.epoch_progress.current
+    today = steps.completed, epochs.completed
+    steps.completed, epochs.completed = global_step, epoch
+    try:
+        yield
+    finally:
+        steps.completed, epochs.completed = today
 
 
 class _WithStrategy(_Loop):

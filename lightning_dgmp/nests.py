@@ -83,8 +83,13 @@ class Form:
 
 
 def split(nest: Any) -> tuple[Any, list[Tensor]]:
-    """The nest with forms for its tensors, and the tensors."""
-    return map_tensors(Form, nest), tensors_in(nest)
+    """The nest with forms for its dense tensors, and these tensors."""
+
+    def is_dense(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+
+    form = map_leaves(lambda leaf: Form(leaf) if is_dense(leaf) else leaf, nest)
+    return form, [leaf for leaf in leaves(nest) if is_dense(leaf)]
 
 
 def join(form: Any, tensors: Sequence[Any]) -> Any:

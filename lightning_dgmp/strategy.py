@@ -34,7 +34,7 @@ from lightning_dgmp.host import (
     rank_zero_info,
 )
 from lightning_dgmp.learned import Learned
-from lightning_dgmp.loops import install_loops
+from lightning_dgmp.loops import clock_at, install_loops
 from lightning_dgmp.mesh import MeshStrategy
 from lightning_dgmp.metrics import confine_metrics, logging_nothing, logging_what_is_here
 from lightning_dgmp.nests import map_leaves
@@ -238,6 +238,11 @@ class DelayedMPStrategy(MeshStrategy):
 
         with torch.enable_grad():
             trace = trace_step(step, module, self.root_device, readers=(Metric,))
+        if self._backward != "stash" and trace.changed_frozen:
+            raise MisconfigurationException(
+                f"`backward={self._backward!r}` runs steps twice, but `training_step` changes frozen parameters in"
+                f" place, such as `{min(trace.changed_frozen)}`. Change them in a hook, or use `backward='stash'`."
+            )
         return make_plan(trace, module, self.num_stages, self._split_at)
 
     # ----- training
@@ -261,13 +266,13 @@ class DelayedMPStrategy(MeshStrategy):
         def step() -> Any:
             again = runner.num_forwards > number
             logging = logging_nothing(module) if again else logging_what_is_here(module, runner.is_last)
-            with self.precision_plugin.train_step_context(), logging:
+            with self.precision_plugin.train_step_context(), logging, clock_at(module.trainer, *moment):
                 return module.training_step(*fresh(args), **fresh(kwargs))
 
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
         fresh = partial(map_leaves, _copy_tensor if self._backward != "stash" else _same)
 
-        number = runner.num_forwards
+        number, moment = runner.num_forwards, (module.global_step, module.current_epoch)
         result = runner.forward(step)
         if not runner.is_last:
             return runner.absent_loss
@@ -291,6 +296,7 @@ class DelayedMPStrategy(MeshStrategy):
             self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
 
         if queues is not None:
+            queues.set_aside()
             of_loss()
             queues.exchange()
         elif runner is not None and runner.due:

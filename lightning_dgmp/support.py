@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS
 
 from lightning_dgmp.host import (
@@ -96,7 +98,18 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
                 f"{strategy} does not support averages of weights yet, because a process holds only those of its stage,"
                 f" but there is a `{type(callback).__name__}`. Remove it."
             )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise MisconfigurationException(
+                f"{strategy} needs to know the shapes of all parameters, but `{name}` is not initialized. Run the lazy"
+                " modules once on an example, as in `configure_model` or `__init__`."
+            )
     for name, child in module.named_modules():
+        if not virtual and isinstance(child, torch.jit.ScriptModule):
+            raise MisconfigurationException(
+                f"{strategy} cannot look into compiled TorchScript, but `{name}` is a `{type(child).__name__}`. Use the"
+                " Python module that it was made from."
+            )
         if not virtual and getattr(child, "max_norm", None) is not None:
             raise MisconfigurationException(
                 f"{strategy} does not support modules that change their weights in the forward, but `{name}` has"

@@ -181,14 +181,14 @@ class _Blocking:
     """Sending or receiving as work that can be waited for: gloo's own never says whether it is completed."""
 
     def __init__(self, function: Callable[[], None]) -> None:
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(function,), name="dgmp-gather", daemon=True)
         self._thread.start()
 
     def _run(self, function: Callable[[], None]) -> None:
         try:
             function()
-        except Exception as error:
+        except BaseException as error:
             self._error = error
 
     def is_completed(self) -> bool:

@@ -59,6 +59,7 @@ class Plan:
         visible: The modules of which a call is seen from outside of any module that one stage runs as a whole.
         transfers: What travels in every step, in order.
         last_events: For each stage the last moment of the step that concerns it; ``None``: the step's end.
+        toggled: Attributes of modules, by path and name, that the step changes and changes back.
         stages: One summary a stage.
     """
 
@@ -70,12 +71,14 @@ class Plan:
         transfers: list[Transfer],
         last_events: list[Event | None],
         stages: list[StageSummary],
+        toggled: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.num_stages = len(stages)
         self.modules = modules
         self.visible = visible
         self.transfers = transfers
         self.last_events = last_events
+        self.toggled = list(toggled)
         self.stages = stages
         self._parameters = parameters
 
@@ -269,7 +272,7 @@ def _lay_out(
             )
         )
     paths = {trace.calls[i].path for i in visible}
-    return Plan(parameters, modules, paths, transfers, last_events, summaries)
+    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled)
 
 
 def _module_stages(

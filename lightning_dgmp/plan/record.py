@@ -85,6 +85,8 @@ class Trace:
             kept by the root module, and all that are in reach where the trace stopped.
         returned_none: Whether the step returned ``None``.
         changes: When the content of a storage was changed in place.
+        changed_frozen: The frozen parameters that the step changes in place.
+        toggled: Attributes of modules, by path and name, that the step changes and changes back.
     """
 
     parameters: dict[str, ParameterInfo]
@@ -95,3 +97,5 @@ class Trace:
     wanted: dict[int, float] = field(default_factory=dict)
     returned_none: bool = False
     changes: dict[int, list[int]] = field(default_factory=dict)
+    changed_frozen: set[str] = field(default_factory=set)
+    toggled: list[tuple[str, str]] = field(default_factory=list)

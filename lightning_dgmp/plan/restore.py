@@ -1,27 +1,29 @@
-"""Runs of user code that leave nothing behind in modules and random number generators."""
+"""Runs of user code that leave nothing behind in modules and generators, or see them as they once were."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attributes_saved", "is_plain", "untouched"]
+__all__ = ["attributes_of_now", "attributes_saved", "is_plain", "untouched"]
+
+_MAX_ITEMS = 10_000  # of a container; larger ones are data, and not copied in every step
+_Generator = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
 
 
 @contextmanager
 def untouched(root: nn.Module, device: torch.device) -> Iterator[None]:
     """Put the attributes and buffers of all modules, and the random state, back to what they were."""
     restore = attributes_saved(root)
-    python_state = random.getstate()
-    numpy_state = _numpy_random().get_state()
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -29,70 +31,109 @@ def untouched(root: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         restore()
         random.setstate(python_state)
-        _numpy_random().set_state(numpy_state)
+        numpy.random.set_state(numpy_state)
 
 
 def attributes_saved(root: nn.Module) -> Callable[[], None]:
-    """A function that puts the attributes and buffers of ``root`` and its submodules back to what they are now."""
-    saved = [_save(module.__dict__) for module in root.modules()]
+    """A function that puts the attributes and buffers of ``root`` and its submodules back to what they are now.
+
+    Containers at any depth count, and those of the user's objects; tensors and arrays get their values back in place.
+    """
+    containers = [(container, container.copy()) for container in _containers(root)]
+    undo = [_save_item(item) for _, kept in containers for item in _items(kept)]
 
     def restore() -> None:
-        for one in saved:
-            one()
-
-    return restore
-
-
-def _numpy_random() -> Any:
-    import numpy
-
-    return numpy.random
-
-
-def _save(attributes: dict[str, Any], depth: int = 0) -> Callable[[], None]:
-    """A function that restores the items of ``attributes``: two levels of containers, also in the user's objects."""
-    undo: list[Callable[[], object]] = [_save_container(attributes)]
-    for value in attributes.values():
-        if isinstance(value, (dict, list, set, deque)):
-            undo.append(_save_container(value))
-            undo.extend(_save_tensor(item) for item in (value.values() if isinstance(value, dict) else value)
-                        if is_plain(item))  # fmt: skip
-        elif is_plain(value):
-            undo.append(_save_tensor(value))
-        elif isinstance(value, torch.Generator):
-            undo.append(partial(value.set_state, value.get_state()))
-        elif depth == 0 and _is_of_the_user(value):
-            undo.append(_save(vars(value), depth + 1))
-
-    def restore() -> None:
+        for container, kept in containers:
+            _fill(container, kept)
         for step in undo:
-            step()
+            if step is not None:
+                step()
 
     return restore
 
 
-def is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+def attributes_of_now(root: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """A function that lets ``root`` and its submodules have the attributes and buffers of now for a while, later."""
+    moment = [(c, _copied(c)) for c in _containers(root) if len(c) <= _MAX_ITEMS]
+    generators = [(item, _state(item)) for c, _ in moment for item in _items(c) if isinstance(item, _Generator)]
+
+    @contextmanager
+    def held() -> Iterator[None]:
+        later = [(container, container.copy()) for container, _ in moment]
+        later_states = [(generator, _state(generator)) for generator, _ in generators]
+        for container, kept in moment:
+            _fill(container, kept)
+        for generator, state in generators:
+            _set_state(generator, state)
+        try:
+            yield
+        finally:
+            for container, kept in later:
+                _fill(container, kept)
+            for generator, state in later_states:
+                _set_state(generator, state)
+
+    return held
 
 
-def _is_of_the_user(value: Any) -> bool:
-    if (
-        isinstance(value, (nn.Module, type, ModuleType))
-        or callable(value)
-        or not isinstance(getattr(value, "__dict__", None), dict)
-    ):
-        return False
-    return type(value).__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "torch", "torchmetrics")
+def _containers(root: nn.Module) -> Iterator[Any]:
+    """The dicts, lists, sets and deques in the attributes of all modules, the attributes themselves first."""
+    seen: set[int] = set()
+    waiting: list[Any] = [module.__dict__ for module in root.modules()]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, tuple):
+            waiting.extend(item)
+            continue
+        if isinstance(item, nn.Module):
+            continue
+        if not isinstance(item, (dict, list, set, deque)):
+            if not _is_of_the_user(item):
+                continue
+            item = vars(item)
+        if id(item) not in seen:
+            seen.add(id(item))
+            yield item
+            if len(item) <= _MAX_ITEMS:
+                waiting.extend(_items(item))
 
 
-def _save_container(container: Any) -> Callable[[], None]:
-    kept = container.copy()
+def _items(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
 
-    def restore() -> None:
-        container.clear()
-        container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
 
-    return restore
+def _fill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+
+
+def _copied(container: Any) -> Any:
+    """A copy of a container with copies of the tensors and arrays in it."""
+    copy = container.copy()
+    if isinstance(copy, dict):
+        copy.update({key: _copied_item(item) for key, item in copy.items()})
+    elif isinstance(copy, (list, deque)):
+        for i, item in enumerate(copy):
+            copy[i] = _copied_item(item)
+    return copy
+
+
+def _copied_item(item: Any) -> Any:
+    if is_plain(item):
+        return item.detach().clone() if not item.requires_grad else item
+    return item.copy() if isinstance(item, numpy.ndarray) else item
+
+
+def _save_item(item: Any) -> Callable[[], None] | None:
+    if is_plain(item):
+        return _save_tensor(item)
+    if isinstance(item, _Generator):
+        state = _state(item)
+        return lambda: _set_state(item, state)
+    if isinstance(item, numpy.ndarray) and item.flags.writeable:
+        kept = item.copy()
+        return lambda: numpy.copyto(item, kept)
+    return None
 
 
 def _save_tensor(tensor: Tensor) -> Callable[[], None]:
@@ -104,3 +145,41 @@ def _save_tensor(tensor: Tensor) -> Callable[[], None]:
                 tensor.copy_(kept)
 
     return restore
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if isinstance(generator, numpy.random.RandomState) else generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, numpy.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is a tensor that is not a parameter."""
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _is_of_the_user(value: Any) -> bool:
+    if (
+        isinstance(value, (nn.Module, type, ModuleType, Tensor))
+        or callable(value)
+        or not isinstance(getattr(value, "__dict__", None), dict)
+    ):
+        return False
+    return type(value).__module__.partition(".")[0] not in _NOT_OF_USER
+
+
+_NOT_OF_USER = (
+    "builtins", "lightning", "lightning_dgmp", "lightning_fabric", "logging", "numpy", "pytorch_lightning", "threading",
+    "torch", "torchmetrics", "transformers",
+)  # fmt: skip

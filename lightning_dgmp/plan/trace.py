@@ -9,14 +9,14 @@ import sys
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -27,7 +27,7 @@ from lightning_dgmp.calls import (
     intercepted_calls,
     no_backward_hooks,
 )
-from lightning_dgmp.ghost import Ghost, GhostMode, GhostRead
+from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
 from lightning_dgmp.nests import leaves, tensors_in
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
@@ -64,6 +64,14 @@ def trace_step(
                 tracer.want(returned, *vars(root).values())
             except GhostRead as read:
                 tracer.stop(read)
+            except RuntimeError as error:
+                if "TorchScript" not in str(error):
+                    raise
+                raise GhostError(
+                    "A step may not call functions that `torch.jit.script` has compiled, because they need values that"
+                    f" are not here. Use the Python functions that they were made from. ({error})"
+                ) from None
+            tracer.trace.toggled = tracer.toggles()
     return tracer.trace
 
 
@@ -83,6 +91,8 @@ class _Tracer(GhostMode):
             }
         )
         self._name_of = {id(ghost): name for name, ghost in self.ghosts.items()}
+        self._name_of_storage = {ghost.fake.untyped_storage()._cdata: name for name, ghost in self.ghosts.items()}
+        self._toggles = _Toggles(root)
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
         # Also what metrics count in; all of it is put back after the trace.
@@ -103,6 +113,7 @@ class _Tracer(GhostMode):
         self, call: Callable[..., Any], module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         trace, index = self.trace, len(self.trace.calls)
+        self._toggles.look()
         parent = self._open[-1] if self._open else -1
         trace.calls.append(Call(path, self._occurrences[path], parent, self._tick(), module in self._hooked))
         self._occurrences[path] += 1
@@ -150,6 +161,17 @@ class _Tracer(GhostMode):
     def key(self, func: Any, args: Any, kwargs: Any) -> Any:
         return None  # every operation must run, to be counted
 
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        for tensor in tensors_in((args, kwargs)):
+            hidden = None if isinstance(tensor, Ghost) or not tensor.requires_grad else self._hidden_parameter(tensor)
+            if hidden is not None:
+                raise GhostError(
+                    f"Parameters must be read where their modules hold them, but `{hidden}` is used through a reference"
+                    " that is kept elsewhere, as in a list: another stage may own it. Read it as an attribute of its"
+                    " module."
+                )
+        return super().call(func, args, kwargs)
+
     def around(self, func: Any) -> AbstractContextManager[Any]:
         self._cost.flops = self._cost.nbytes = 0
         return self._cost
@@ -161,9 +183,11 @@ class _Tracer(GhostMode):
         op = self._record(name, inputs)
         op.in_place = changed is not None
         op.flops, op.nbytes = self._cost.flops, self._cost.nbytes
+        if changed is not None:
+            self._note_changed_parameter(name, changed)
         for ghost in outputs:
             if id(ghost) in self._name_of:
-                continue  # a parameter changed in place
+                continue  # a frozen parameter
             if ghost is changed or ghost.vid < 0:
                 ghost.vid = len(self.trace.values)
                 nbytes = ghost.fake.numel() * ghost.fake.element_size()
@@ -173,7 +197,35 @@ class _Tracer(GhostMode):
                 if ghost is changed:
                     self.trace.changes.setdefault(value.storage, []).append(op.time)
                 self._values.append(weakref.ref(ghost))
-            op.outputs.append(ghost.vid)
+                op.outputs.append(ghost.vid)
+
+    def _note_changed_parameter(self, name: str, changed: Ghost) -> None:
+        parameter = self._name_of_storage.get(changed.fake.untyped_storage()._cdata)
+        if parameter is None:
+            return
+        if self.ghosts[parameter].needs_grad:
+            raise GhostError(
+                f"A step may change weights only through the optimizer, but `{name}` changes the parameter"
+                f" `{parameter}` in place, which would change one of several versions of it. Do it in a hook such as"
+                " `on_before_zero_grad`, or as part of the forward with `torch.nn.utils.parametrize`."
+            )
+        self.trace.changed_frozen.add(parameter)
+
+    def _hidden_parameter(self, tensor: Tensor) -> str | None:
+        """The name of a real parameter of the model that ``tensor`` is or depends on."""
+        if (name := self.slots.names.get(tensor)) is not None:  # type: ignore[call-overload]
+            return str(name)
+        nodes, seen = [tensor.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None and variable in self.slots.names:
+                return self.slots.names[variable]
+            nodes.extend(before for before, _ in node.next_functions)
+        return None
 
     def _record(self, name: str, inputs: list[Ghost]) -> Op:
         op = Op(
@@ -198,6 +250,10 @@ class _Tracer(GhostMode):
             if ghost.vid >= 0:
                 self.trace.wanted.setdefault(ghost.vid, self._tick())
 
+    def toggles(self) -> list[tuple[str, str]]:
+        """The attributes that the step has changed and changed back."""
+        return self._toggles.changed_back(self.trace.stopped is not None)
+
     def stop(self, read: GhostRead) -> None:
         """End the trace at a read; what comes after it is the last stage's."""
         where = next(
@@ -215,6 +271,30 @@ class _Tracer(GhostMode):
 
 def _is_user(frame: traceback.FrameSummary) -> bool:
     return not any(part in frame.filename for part in ("/lightning_dgmp/", "/torch/", "<frozen"))
+
+
+class _Toggles:
+    """Which plain attributes of modules a step changes and changes back, as in ``net.eval(); ...; net.train()``."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._before = [
+            (path, module.__dict__, {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))})
+            for path, module in root.named_modules()
+        ]
+        self._seen: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {}
+
+    def look(self) -> None:
+        """Note what differs now."""
+        for path, attributes, before in self._before:
+            for name, value in before.items():
+                if attributes.get(name) != value:
+                    self._seen[path, name] = attributes, value
+
+    def changed_back(self, is_incomplete: bool) -> list[tuple[str, str]]:
+        """Those that are as before again; of a step whose end is unknown, those of which that is likely."""
+        if is_incomplete:
+            return [key for key in self._seen if key[1] == "training"]
+        return [key for key, (attributes, value) in self._seen.items() if attributes.get(key[1]) == value]
 
 
 class _Checkpoints:

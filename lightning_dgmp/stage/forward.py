@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ class InFlight:
     batch: int
     step: Callable[[], Any]
     parameters: dict[str, Tensor]
-    buffers: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # what they were, to run it again
+    attributes: Callable[[], AbstractContextManager[None]] = nullcontext  # of the modules at that time, to run it again
     received: dict[int, Message] = field(default_factory=dict)  # by source stage
     entries: dict[tuple[int, int], Arrived] = field(default_factory=dict)  # by source stage and slot
     exits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by target stage and slot

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
 from lightning_dgmp.nests import map_tensors, tensors_in
 from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.plan.restore import attributes_of_now
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
 from lightning_dgmp.stage.randomness import StepRandomness
 from lightning_dgmp.stage.skip import Skips
@@ -84,10 +85,10 @@ class StageRunner:
         self._wiring = Wiring(plan, stage)
         #: The modules whose calls must come here: not those inside of what this stage runs as a whole.
         self.watched = {path for path, owner in plan.modules.items() if owner != stage or path in plan.visible}
-        # The buffers of what this stage runs, in whole or in part, and of what several stages run.
+        # What several stages run.
         owners = [(plan.modules.get(path), module._buffers) for path, module in root.named_modules() if module._buffers]
-        self._buffers: list[dict[str, Any]] = [entries for owner, entries in owners if owner in (stage, None)]
         self._shared_buffers: list[dict[str, Any]] = [entries for owner, entries in owners if owner is None]
+        self._toggled = [(root.get_submodule(path).__dict__, name) for path, name in plan.toggled]
         self._forward: Forward | None = None
 
     # ----- the two halves of an iteration
@@ -106,8 +107,7 @@ class StageRunner:
             parameters = take_snapshot(self.own)
         record = InFlight(batch, step, parameters)
         if graph_later:
-            places = [(entries, name) for entries in self._buffers for name in entries if entries[name] is not None]
-            record.buffers = [(entries, name, entries[name].clone()) for entries, name in places]
+            record.attributes = attributes_of_now(self.root)
         forward = self._forward_of(record, keeps_inputs=graph_later)
         with torch.no_grad() if graph_later else nullcontext():
             result = self._run(forward)
@@ -174,9 +174,8 @@ class StageRunner:
         record = self.in_flight.popleft()
         with ExitStack() as stack:
             if self.mode != "stash" and self.delay > 0:
-                stack.enter_context(_holding_buffers(record.buffers))
                 forward = self._forward_of(record, keeps_inputs=False)
-                with torch.enable_grad():
+                with torch.enable_grad(), record.attributes():  # it must read the same, and not count twice
                     self._run(forward)
                 record.received.clear()
             if self.delay > 0:
@@ -259,6 +258,7 @@ class StageRunner:
     def _run(self, forward: Forward) -> Any:
         record = forward.record
         self._forward = forward
+        toggled = [(attributes, name, attributes[name]) for attributes, name in self._toggled if name in attributes]
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.slots.holding(self._others | record.parameters))
@@ -266,6 +266,8 @@ class StageRunner:
                 result = record.step()
         except StepDone:
             result = None
+            for attributes, name, value in toggled:  # as the rest of the step would have done
+                attributes[name] = value
         except GhostRead as read:
             raise GhostError(
                 f"User code on stage {self.stage} of {self.plan.num_stages} needs a value that is not here: {read}."
@@ -296,16 +298,3 @@ class StageRunner:
                         f" {buffer.describe()}. A module whose parts are on several stages must not keep such values in"
                         " a buffer; move it into the module that makes the value."
                     )
-
-
-@contextmanager
-def _holding_buffers(buffers: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
-    """Put buffers back to what they were, for a forward that runs again: it must read the same and not count twice."""
-    today = [(entries, name, entries[name]) for entries, name, _ in buffers]
-    for entries, name, value in buffers:
-        entries[name] = value
-    try:
-        yield
-    finally:
-        for entries, name, value in today:
-            entries[name] = value

@@ -46,10 +46,13 @@ class Skips:
             restore = attributes_saved(module)  # they are the owner's to change
             try:
                 with no_backward_hooks(module):
-                    template = _Template(call(*args, **kwargs), leaves((args, kwargs)))
+                    out = call(*args, **kwargs)
+                template = _Template(out, leaves((args, kwargs)))
             finally:
                 restore()
                 self._mode.written_over, self._mode.draws_noise = set(), True
+            if any(child._forward_hooks for child in module.modules()):  # which may keep what they see
+                return out
             if template.reusable:
                 if len(self._templates) >= _MAX_TEMPLATES:  # as when every batch has another length
                     self._templates.clear()

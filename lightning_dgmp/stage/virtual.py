@@ -32,24 +32,34 @@ class GradientQueues:
         for name, parameter in parameters.items():
             self._stages[plan.stage_of(name)[0]].append(parameter)
         self._waiting: list[deque[list[Tensor | None]]] = [deque() for _ in self._delays]
+        self._kept: dict[nn.Parameter, Tensor] = {}
 
     @property
     def empty(self) -> bool:
         """Whether nothing is in flight."""
         return not any(self._waiting)
 
+    def set_aside(self) -> None:
+        """Before a backward: keep gradients of earlier steps that have not been zeroed apart from those of today."""
+        self._kept = {p: p.grad for parameters in self._stages for p in parameters if p.grad is not None}
+        for parameter in self._kept:
+            parameter.grad = None
+
     def exchange(self) -> None:
-        """Put today's gradients in line and let the due ones, or none, be ``.grad``."""
+        """Put today's gradients in line and let the due ones, or none, be ``.grad``, with what was set aside."""
         for parameters, waiting in zip(self._stages, self._waiting):
             waiting.append([p.grad for p in parameters])
         self._take(self._delays)
 
     def drain(self) -> None:
         """Let the oldest waiting gradients, or none, be ``.grad``: one iteration of the flush."""
+        self.set_aside()
         self._take([0] * len(self._delays))
 
     def _take(self, stay: Sequence[int]) -> None:
         for parameters, waiting, delay in zip(self._stages, self._waiting, stay):
             due = waiting.popleft() if len(waiting) > delay else [None] * len(parameters)
             for parameter, grad in zip(parameters, due):
-                parameter.grad = grad
+                kept = self._kept.pop(parameter, None)  # by who does not zero gradients in every step
+                grad = grad if parameter.requires_grad else None
+                parameter.grad = grad if kept is None else kept if grad is None else kept + grad
