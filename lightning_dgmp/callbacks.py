@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning_dgmp.host import (
+    BasePredictionWriter,
     LightningModule,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     SIGTERMException,
     Timer,
     Trainer,
+    is_of_user,
     rank_zero_warn,
 )
 from lightning_dgmp.wire import Wish
@@ -25,7 +27,7 @@ from lightning_dgmp.wire import Wish
 if TYPE_CHECKING:
     from lightning_dgmp.strategy import DelayedMPStrategy
 
-__all__ = ["adapt_callbacks"]
+__all__ = ["adapt_callbacks", "reads_outputs"]
 
 
 def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[], None]:
@@ -97,3 +99,12 @@ def _only_together(callback: ModelCheckpoint | OnExceptionCheckpoint) -> Callabl
             )
 
     return on_exception
+
+
+def reads_outputs(step: str, module: LightningModule) -> bool:
+    """Whether a hook of the user gets what ``step``, as ``"validation_step"``, returns: then all stages need it."""
+    hook = f"on_{step.replace('step', 'batch_end')}"
+    listeners = [module, *module.trainer.callbacks]  # type: ignore[attr-defined]
+    if step == "predict_step" and any(isinstance(listener, BasePredictionWriter) for listener in listeners):
+        return True
+    return any(is_of_user(getattr(type(x), hook).__module__) for x in listeners)

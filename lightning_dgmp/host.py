@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "BasePredictionWriter",
     "DDPStrategy",
     "DummyLogger",
     "LightningModule",
@@ -33,6 +34,7 @@ __all__ = [
     "call",
     "callbacks",
     "default_pg_timeout",
+    "is_of_user",
     "is_overridden",
     "is_param_in_hook_signature",
     "rank_zero_info",
@@ -48,7 +50,7 @@ if TYPE_CHECKING or not _IS_STANDALONE:
     from lightning.fabric.strategies.registry import _StrategyRegistry
     from lightning.fabric.utilities.data import sized_len
     from lightning.pytorch import LightningModule, Trainer, callbacks
-    from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, Timer
+    from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, OnExceptionCheckpoint, Timer
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
     from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -69,7 +71,7 @@ else:
     from lightning_fabric.strategies.registry import _StrategyRegistry
     from lightning_fabric.utilities.data import sized_len
     from pytorch_lightning import LightningModule, Trainer, callbacks
-    from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint, Timer
+    from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, OnExceptionCheckpoint, Timer
     from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.loops.evaluation_loop import _EvaluationLoop
     from pytorch_lightning.loops.fit_loop import _FitLoop
@@ -84,3 +86,13 @@ else:
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+
+_NOT_OF_USER = {
+    "builtins", "lightning", "lightning_dgmp", "lightning_fabric", "logging", "numpy", "pytorch_lightning", "threading",
+    "torch", "torchmetrics", "transformers",
+}  # fmt: skip
+
+
+def is_of_user(module_name: str) -> bool:
+    """Whether code in a module is the user's, and not that of a library that this project knows."""
+    return module_name.partition(".")[0] not in _NOT_OF_USER

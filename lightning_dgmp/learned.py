@@ -16,17 +16,18 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_dgmp.host import LightningModule
 from lightning_dgmp.nests import leaves
+from lightning_dgmp.plan.restore import is_object_of_user
 
 __all__ = ["Learned"]
 
 _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), numpy.ndarray, numpy.generic)
-_Attributes = dict[tuple[str, str], Any]
+_Attributes = dict[tuple[str, str, str], Any]
 
 
 class Learned:
     """The plain attributes of a LightningModule and of its metrics, as far as they have changed.
 
-    Attributes count that are tensors, arrays, numbers or strings, or nests of these.
+    Attributes count that are tensors, arrays, numbers or strings, nests of these, or objects with such attributes.
 
     Args:
         module: The LightningModule.
@@ -39,8 +40,9 @@ class Learned:
 
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
-        for (path, name), value in self._share(self._changes(), "the end of an epoch").items():
-            self._module.get_submodule(path).__dict__[name] = value
+        for (path, name, inner), value in self._share(self._changes(), "the end of an epoch").items():
+            attributes = self._module.get_submodule(path).__dict__
+            (vars(attributes[name]) if inner else attributes)[inner or name] = value
 
     def share_results(self, results: Any = None) -> Any:
         """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
@@ -60,20 +62,35 @@ class Learned:
         self._marks = {key: _marks(value) for key, value in now.items()}
         return changed
 
-    def _attributes(self) -> Iterator[tuple[tuple[str, str], Any]]:
+    def _attributes(self) -> Iterator[tuple[tuple[str, str, str], Any]]:
         internal = vars(LightningModule()).keys()
         for path, module in self._module.named_modules():
             if path and not isinstance(module, (Metric, MetricCollection)):
                 continue
             skip = vars(nn.Module()).keys() if path else internal
             for name, value in vars(module).items():
-                if name not in skip and all(isinstance(leaf, _PLAIN) for leaf in leaves(value)):
-                    yield (path, name), value
+                if name in skip:
+                    continue
+                inside = vars(value).items() if is_object_of_user(value) else [("", value)]
+                yield from (((path, name, inner), item) for inner, item in inside if _is_plain(item))
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        return all(isinstance(leaf, _PLAIN) for leaf in leaves(value))
+    except Exception:  # a nest that contains itself, or one that cannot be looked through
+        return False
 
 
 def _marks(value: Any) -> list[Any]:
     """What tells whether ``value`` is still the same, without keeping its tensors."""
-    return [(weakref.ref(leaf), _version(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves(value)]
+    return [_mark(leaf) for leaf in leaves(value)]
+
+
+def _mark(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return weakref.ref(leaf), _version(leaf)
+    return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
 
 
 def _is_same(marks: list[Any] | None, value: Any) -> bool:

@@ -132,6 +132,21 @@ class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):
 
 class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
     @override
+    def _store_data_for_prediction_writer(self, batch_idx: int, dataloader_idx: int) -> bool:
+        self._batch_idx = batch_idx
+        return super()._store_data_for_prediction_writer(batch_idx, dataloader_idx)
+
+    @override
+    def _get_batch_indices(self, dataloader: object) -> Any:
+        """Which samples are in the batch: stage 0 has loaded it."""
+        if not self._strategy.has_feed:
+            return super()._get_batch_indices(dataloader)
+        mine = {}
+        if self._strategy.stage == 0 and (seen := super()._get_batch_indices(dataloader)):
+            mine = {self._batch_idx: seen[self._batch_idx]}
+        return self._strategy.share_of_first_stage(mine, "the indices of a batch")
+
+    @override
     def _on_predict_epoch_end(self) -> Any:
         self._strategy.learned.share_state()
         return super()._on_predict_epoch_end()

@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typing_extensions import override
 
-from lightning_dgmp.host import DDPStrategy, Trainer, default_pg_timeout, rank_zero_warn
+from lightning_dgmp.host import DDPStrategy, Trainer, default_pg_timeout, is_of_user, rank_zero_warn
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.support import check_devices
 from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import PeerError, World
 
 __all__ = ["MeshStrategy"]
-
-_NOT_OF_USER = ("lightning_dgmp", "lightning", "lightning_fabric", "pytorch_lightning", "torch", "torchmetrics")
 
 
 class MeshStrategy(DDPStrategy):
@@ -63,7 +61,7 @@ class MeshStrategy(DDPStrategy):
     @override
     def world_size(self) -> int:
         """All processes. User code that scales by it, as under DDP, is warned once."""
-        if self._is_pipeline and not self._has_warned and _is_of_user(sys._getframe(1)):
+        if self._is_pipeline and not self._has_warned and _is_frame_of_user(sys._getframe(1)):
             self._has_warned = True
             rank_zero_warn(
                 f"`world_size` counts all processes, of which the {self.num_stages} stages of a model are some. Where"
@@ -217,8 +215,8 @@ class MeshStrategy(DDPStrategy):
         return self._world.all_gather(item, what, self._stage_ranks)[0]
 
 
-def _is_of_user(frame: FrameType | None) -> bool:
+def _is_frame_of_user(frame: FrameType | None) -> bool:
     """Whether the caller, or who asked ``Trainer.world_size``, is neither this project nor Lightning."""
     if frame is not None and frame.f_code is Trainer.world_size.fget.__code__:  # type: ignore[attr-defined]
         frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_OF_USER
+    return frame is not None and is_of_user(frame.f_globals.get("__name__", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -18,10 +19,12 @@ _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be
 def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     """Rebuild ``obj`` with ``fn`` applied to every leaf.
 
-    Lists, tuples, named tuples, dicts, other mappings, dataclasses and slices are nests; everything else is a leaf.
+    Lists, tuples, deques, dicts, other mappings, dataclasses and slices are nests, everything else is a leaf.
     """
     if isinstance(obj, _LEAVES):
         return fn(obj)
+    if isinstance(obj, deque):
+        return deque((map_leaves(fn, item) for item in obj), obj.maxlen)
     if isinstance(obj, (list, tuple)):
         items = [map_leaves(fn, item) for item in obj]
         return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
@@ -46,7 +49,7 @@ def leaves(obj: Any) -> list[Any]:
     """All leaves of the nest ``obj``, in the order of :func:`map_leaves`."""
     if isinstance(obj, _LEAVES):
         return [obj]
-    if isinstance(obj, (list, tuple)):
+    if isinstance(obj, (list, tuple, deque)):
         return [leaf for item in obj for leaf in leaves(item)]
     if isinstance(obj, MutableMapping):
         return [leaf for item in obj.values() for leaf in leaves(item)]

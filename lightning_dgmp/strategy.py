@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_plan
-from lightning_dgmp.callbacks import adapt_callbacks
+from lightning_dgmp.callbacks import adapt_callbacks, reads_outputs
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.evaluation import Evaluation
@@ -118,6 +118,11 @@ class DelayedMPStrategy(MeshStrategy):
     def runner(self) -> StageRunner | None:
         """The stage of this process, once training has begun; ``None`` with virtual stages."""
         return None if self._pipeline is None else self._pipeline.runner
+
+    @property
+    def has_feed(self) -> bool:
+        """Whether stage 0 loads for the others."""
+        return self._feed is not None
 
     @property
     def has_begun(self) -> bool:
@@ -406,7 +411,10 @@ class DelayedMPStrategy(MeshStrategy):
                 self._seed,
             )
         dataloader_idx = args[2] if len(args) > 2 else 0
-        return self._evaluation.run((name, dataloader_idx), step)
+        result = self._evaluation.run((name, dataloader_idx), step)
+        if reads_outputs(name, module):
+            result = self.share_of_last_stage(result, f"the output of `{name}`")
+        return result
 
     @override
     def on_validation_end(self) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_dgmp.nests import Form, join, leaves, map_tensors, split
+from lightning_dgmp.nests import Form, join, leaves, map_leaves, split
 
 __all__ = ["PeerError", "World"]
 
@@ -101,7 +101,10 @@ class World:
         if self.rank != source:
             forms = (leaf for leaf in leaves(form) if isinstance(leaf, Form))
             received = self._receive(form, source, what)
-            return map_tensors(lambda tensor: tensor if next(forms).on_host else tensor.to(device), received)
+            dense = lambda leaf: isinstance(leaf, Tensor) and leaf.layout == torch.strided  # noqa: E731
+            return map_leaves(
+                lambda leaf: leaf.to(device) if dense(leaf) and not next(forms).on_host else leaf, received
+            )
         for rank in ranks:
             if rank != source:
                 self._send(tensors, rank, what)

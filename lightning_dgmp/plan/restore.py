@@ -13,7 +13,9 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attributes_of_now", "attributes_saved", "is_plain", "untouched"]
+from lightning_dgmp.host import is_of_user
+
+__all__ = ["attributes_of_now", "attributes_saved", "is_object_of_user", "is_plain", "untouched"]
 
 _MAX_ITEMS = 10_000  # of a container; larger ones are data, and not copied in every step
 _Generator = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
@@ -88,7 +90,7 @@ def _containers(root: nn.Module) -> Iterator[Any]:
         if isinstance(item, nn.Module):
             continue
         if not isinstance(item, (dict, list, set, deque)):
-            if not _is_of_the_user(item):
+            if not is_object_of_user(item):
                 continue
             item = vars(item)
         if id(item) not in seen:
@@ -169,17 +171,12 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
 
 
-def _is_of_the_user(value: Any) -> bool:
+def is_object_of_user(value: Any) -> bool:
+    """Whether ``value`` is an object of a class of the user, with attributes."""
     if (
         isinstance(value, (nn.Module, type, ModuleType, Tensor))
         or callable(value)
         or not isinstance(getattr(value, "__dict__", None), dict)
     ):
         return False
-    return type(value).__module__.partition(".")[0] not in _NOT_OF_USER
-
-
-_NOT_OF_USER = (
-    "builtins", "lightning", "lightning_dgmp", "lightning_fabric", "logging", "numpy", "pytorch_lightning", "threading",
-    "torch", "torchmetrics", "transformers",
-)  # fmt: skip
+    return is_of_user(type(value).__module__)

@@ -5,6 +5,7 @@ What depends on the batch alone stays real, is computed by every stage for itsel
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 import weakref
@@ -61,7 +62,10 @@ def trace_step(
             try:
                 returned = step(tracer.want)
                 tracer.trace.returned_none = returned is None
-                tracer.want(returned, *vars(root).values())
+                tracer.want(returned)
+                for value in list(vars(root).values()):
+                    with contextlib.suppress(RecursionError):  # a nest that contains itself
+                        tracer.want(value)
             except GhostRead as read:
                 tracer.stop(read)
             except RuntimeError as error:

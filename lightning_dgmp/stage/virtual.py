@@ -40,7 +40,7 @@ class GradientQueues:
         return not any(self._waiting)
 
     def set_aside(self) -> None:
-        """Before a backward: keep gradients of earlier steps that have not been zeroed apart from those of today."""
+        """Before a backward: put gradients that the user's code has not zeroed apart from those of today."""
         self._kept = {p: p.grad for parameters in self._stages for p in parameters if p.grad is not None}
         for parameter in self._kept:
             parameter.grad = None
@@ -58,8 +58,13 @@ class GradientQueues:
 
     def _take(self, stay: Sequence[int]) -> None:
         for parameters, waiting, delay in zip(self._stages, self._waiting, stay):
-            due = waiting.popleft() if len(waiting) > delay else [None] * len(parameters)
+            if len(waiting) <= delay:
+                due: list[Tensor | None] = [None] * len(parameters)
+            else:
+                due = [_sum(self._kept.get(p), grad) for p, grad in zip(parameters, waiting.popleft())]
             for parameter, grad in zip(parameters, due):
-                kept = self._kept.pop(parameter, None)  # by who does not zero gradients in every step
-                grad = grad if parameter.requires_grad else None
-                parameter.grad = grad if kept is None else kept if grad is None else kept + grad
+                parameter.grad = grad if parameter.requires_grad else None
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
