@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
+import numpy
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -204,3 +206,118 @@ class Layouts(MLP):
         for turn, layer in zip(self.turn, self.hidden):
             x = layer(turn(x.view(-1, 4, 4)).transpose(1, 2).view(-1, 16))
         return self.out(x)
+
+
+class Skips(MLP):
+    """Early values of the same shape as later ones, and operations that return their own argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = torch.tanh(self.inp(x))
+        values = [x]
+        for layer in self.hidden:  # without anything between, so that what one returns is what the next one takes
+            x = layer(x)
+            values.append(x)
+        mixed = x + first.to(x) + 0.1 * values[2].type_as(x) + 0.1 * torch.broadcast_tensors(values[3], x)[0]
+        noise = torch.distributions.Normal(values[1], values[1].exp(), validate_args=False)
+        return self.out(mixed + 0.01 * noise.mean.to(x))
+
+
+class Features(MLP):
+    """Hooks keep what modules return, and the loss uses it; a part of the rows is selected by a mask."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.features: dict[str, Tensor] = {}
+        self.hidden[0].register_forward_hook(lambda *args: self.features.__setitem__("a", args[2]))
+        self.hidden[3].register_forward_hook(lambda *args: self.features.__setitem__("b", args[2]))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        keep = x[:, 0] > -1
+        x = torch.tanh(self.inp(x))[keep]
+        for layer in self.hidden:
+            x = torch.tanh(layer(x))
+        difference = F.mse_loss(self.features["a"], self.features["b"])
+        return F.cross_entropy(self.out(x), y[keep]) + 0.1 * difference
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.sum, self.count = 0.0, 0
+
+
+class KeepsState(MLP):
+    """Reads and changes all kinds of state; some of it is changed back before the step ends."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.norm = nn.BatchNorm1d(16)
+        self.count, self.with_gain = 0, False
+        self.average = torch.zeros(8)
+        self.generator, self.rng = torch.Generator().manual_seed(3), numpy.random.default_rng(3)
+        self.losses: dict[str, list[Tensor]] = {"train": []}
+        self.meter, self.recent, self.array = Meter(), deque(maxlen=5), numpy.zeros(2)  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.inp(x)))
+        for layer in self.hidden:
+            x = torch.tanh(layer(x)) * (2.0 if self.with_gain else 1.0)
+        return self.out(x)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        self.count += 1
+        self.average = 0.9 * self.average + 0.1 * x.mean(0)
+        noise = torch.randn(x.shape, generator=self.generator) + float(self.rng.normal())
+        self.with_gain = True
+        logits = self((x - self.average) * (1 + 1 / self.count) + 0.01 * noise)
+        self.with_gain = False
+        loss = F.cross_entropy(logits, y) * (1 + self.global_step / 100 + self.current_epoch)
+        self.losses["train"].append(loss.detach())
+        self.meter.sum += loss.item()
+        self.meter.count += 1
+        self.recent.append(loss.item())
+        self.array += loss.item()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train", torch.stack(self.losses["train"]).mean())
+        self.log("meter", self.meter.sum / self.meter.count)
+        self.log("recent", sum(self.recent) / len(self.recent))
+        self.log("array", float(self.array.sum()))
+        self.losses["train"].clear()
+
+
+class KeepsGradients(MLP):
+    """Zeroes gradients in every second step alone."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+class ChangesWeights(MLP):
+    def loss(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            self.hidden[0].weight.clamp_(-0.1, 0.1)
+        return super().loss(batch)
+
+
+class HidesWeights(MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.weights = [layer.weight for layer in self.hidden]
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + 0.01 * sum(w.square().sum() for w in self.weights)
+
+
+class ChangesFrozen(MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.teacher = nn.Linear(8, 4).requires_grad_(False)
+
+    def loss(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            self.teacher.weight.mul_(0.99)
+        return super().loss(batch) + F.mse_loss(self(batch[0]), self.teacher(batch[0]))

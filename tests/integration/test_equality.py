@@ -55,6 +55,10 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "moving average": (traps.MovingAverage, models.vectors),
     "backward hooks": (traps.BackwardHooks, models.vectors),
     "layouts": (traps.Layouts, models.vectors),
+    "skips": (partial(traps.Skips, lr=0.01), models.vectors),
+    "features": (traps.Features, models.vectors),
+    "state": (partial(traps.KeepsState, lr=0.005), models.vectors),
+    "kept gradients": (traps.KeepsGradients, models.vectors),
     "gpt2": (partial(models.HuggingFace, "gpt2"), models.ragged_tokens),
     "llama": (partial(models.HuggingFace, "llama"), models.ragged_tokens),
     "bert": (partial(models.HuggingFace, "bert"), models.ragged_tokens),
@@ -145,9 +149,16 @@ def test_processes_equal_virtual_stages_with_any_optimizer(
     assert_equal(processes(pool, name, num_stages, **args), virtual(pool, name, num_stages, **args), tolerance)
 
 
-@pytest.mark.parametrize("name", ["language model", "residual net", "u-net", "two views", "moving average", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["language model", "residual net", "u-net", "two views", "moving average", "gpt2", "skips"]
+)
 def test_recompute_equals_stash(pool: WorkerPool, name: str) -> None:
     assert_equal(processes(pool, name, 3, "recompute"), processes(pool, name, 3, "stash"), SGD)
+
+
+def test_recompute_sees_the_state_of_the_first_time(pool: WorkerPool) -> None:
+    args = {"max_epochs": 2}
+    assert_equal(processes(pool, "state", 3, "recompute", **args), virtual(pool, "state", 3, **args), SGD)
 
 
 def test_several_epochs_keep_the_pipeline_full(pool: WorkerPool) -> None:

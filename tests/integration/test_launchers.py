@@ -63,7 +63,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
         [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "2 stages:" in done.stderr
+    assert done.stderr.count("2 stages:") == 1
     return result(done.stdout)
 
 

@@ -350,6 +350,37 @@ def test_an_error_outside_of_training_steps_ends_all(pool: WorkerPool, hook: str
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.parametrize(
+    ("module", "backward", "text"),
+    [
+        (traps.ChangesWeights, "stash", r"`clamp_` changes the parameter `hidden\.0\.weight` in place"),
+        (traps.HidesWeights, "stash", r"`hidden\.\d\.weight` is used through a reference that is kept elsewhere"),
+        (traps.ChangesFrozen, "recompute", r"changes frozen parameters in place, such as `teacher\.weight`"),
+    ],
+)
+def test_parameters_outside_of_their_places(pool: WorkerPool, module: Any, backward: str, text: str) -> None:
+    assert_all_say(failures(pool, 2, module, strategy={"backward": backward}), text)
+
+
+class ForeignParameter(models.MLP):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+def test_an_optimizer_of_what_is_not_in_the_module(pool: WorkerPool) -> None:
+    assert_all_say(failures(pool, 2, ForeignParameter), r"one of shape \(3,\) does not belong to it")
+
+
+class Lazy(models.MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.LazyLinear(16)
+
+
+def test_lazy_modules(pool: WorkerPool) -> None:
+    assert_all_say(failures(pool, 2, Lazy), r"`inp\.weight` is not initialized")
+
+
 class Renormalises(models.MLP):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
