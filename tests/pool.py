@@ -145,12 +145,21 @@ def _work(pipe: Any, log: str) -> None:
             result = function(*args, **kwargs)
         except BaseException as error:
             result = Failure(error)
-        clean = not any(thread.name.startswith("dgmp-") for thread in threading.enumerate())
+        clean = _ends_soon(lambda: any(thread.name.startswith("dgmp-") for thread in threading.enumerate()))
         if dist.is_initialized() and clean:  # what is at work in a thread cannot be destroyed
             dist.destroy_process_group()
         for name in environment:
             os.environ.pop(name, None)
         pipe.send((result, clean))
+
+
+def _ends_soon(goes_on: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 2
+    while goes_on():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def free_port() -> int:
