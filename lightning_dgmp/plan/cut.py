@@ -168,8 +168,8 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
         stopped = f" The step could be read only up to a point: {cuts.trace.stopped}." if cuts.trace.stopped else ""
         raise PlanError(
             f"`num_stages={num_stages}` needs {num_stages - 1} cuts, but `training_step` can be cut in"
-            f" {len(ends) - 2} places.{stopped} Use at most {len(ends) - 1} stage(s), or change the model."
-            + (f" Elsewhere it cannot be cut because {reasons}." if reasons else "")
+            f" {len(ends) - 2} places.{stopped} Use at most {len(ends) - 1} stage{'s' * (len(ends) > 2)}, or change the"
+            " model." + (f" Elsewhere it cannot be cut because {reasons}." if reasons else "")
         )
     total = [0.0, *accumulate(cuts.costs)]
 

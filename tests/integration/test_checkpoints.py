@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dgmp import DelayedMPStrategy
 from tests import models
-from tests.pool import WorkerPool
+from tests.pool import Failure, WorkerPool
 from tests.training import assert_equal, fit
 
 
@@ -154,3 +154,22 @@ def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     assert process.exitcode == -signal.SIGKILL
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
+
+
+@pytest.mark.parametrize(("what", "text"), [("other", "Error.s. in loading state_dict"), ("truncated", "")])
+def test_a_checkpoint_that_does_not_fit(pool: WorkerPool, tmp_path: Path, what: str, text: str) -> None:
+    path = tmp_path / "bad.ckpt"
+    pool.run(fit_and_save, 1, str(tmp_path / "good"), None, 1, limit_train_batches=10)
+    good = next((tmp_path / "good").iterdir())
+    if what == "truncated":
+        path.write_bytes(good.read_bytes()[:2000])
+    else:
+        checkpoint = torch.load(good, weights_only=True)
+        checkpoint["state_dict"] = {f"other.{name}": value for name, value in checkpoint["state_dict"].items()}
+        torch.save(checkpoint, path)
+    before = path.read_bytes()
+    results = pool.try_run(fit_and_save, 2, str(tmp_path / "on"), {"num_stages": 2}, 2, ckpt_path=str(path))
+    for result in results:
+        assert isinstance(result, Failure)
+        assert text in result.message.replace("(s)", ".s.")
+    assert path.read_bytes() == before

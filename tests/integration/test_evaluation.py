@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection
@@ -156,3 +157,50 @@ def test_a_step_that_cannot_be_divided_runs_with_the_whole_model(pool: WorkerPoo
         assert len(warnings) == 2, "the sanity check and the validation, each once"
         assert "`validation_step` runs with the whole model on every process" in warnings[0]
         assert predictions == nothing == [None] * 3
+
+
+class Writer(BasePredictionWriter):
+    def __init__(self) -> None:
+        super().__init__("batch_and_epoch")
+        self.batches: list[Any] = []
+        self.epoch: list[Any] = []
+
+    def write_on_batch_end(
+        self, trainer: Trainer, module: LightningModule, prediction: Any, indices: Any, *_: Any
+    ) -> None:
+        self.batches.append((indices, prediction.tolist()))
+
+    def write_on_epoch_end(self, trainer: Trainer, module: LightningModule, predictions: Any, indices: Any) -> None:
+        self.epoch.append((indices, [prediction.tolist() for prediction in predictions]))
+
+
+class ReadsOutputs(models.ValidatedMLP):
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return {"logits": self(batch[0])}
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", torch.nn.functional.cross_entropy(outputs["logits"], batch[1]))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(-1)
+
+
+def write(virtual: bool) -> Any:
+    seed_everything(7, verbose=False)
+    module, writer = ReadsOutputs(), Writer()
+    trainer = Trainer(
+        accelerator="cpu", devices=1 if virtual else 2, strategy=DelayedMPStrategy(2, virtual=virtual), max_epochs=1,
+        logger=False, callbacks=[writer], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, models.vectors(), models.vectors(20))
+    value = trainer.callback_metrics["val_loss"].item()
+    trainer.predict(module, models.vectors(21, 5))
+    return {"value": value, "batches": writer.batches, "epoch": writer.epoch}
+
+
+def test_hooks_that_read_outputs_get_them_on_all_stages(pool: WorkerPool) -> None:
+    expected = pool.run(write, 1, True)[0]
+    assert expected["batches"][0][0] == [0, 1, 2, 3, 4]
+    for result in pool.run(write, 2, False):
+        assert_close(result, expected)

@@ -34,6 +34,8 @@ def test_queues_follow_the_schedule(num_stages: int, num_batches: int) -> None:
         for k, stage in enumerate(delayed_schedule(delays, num_batches)):
             assert (parameters[k].grad is None) == (stage[batch].backward is None)
     while not queues.empty:
+        for p in parameters:
+            p.grad = None
         queues.drain()
         note()
     assert seen == [list(range(num_batches))] * num_stages
