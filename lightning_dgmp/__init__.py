@@ -3,13 +3,28 @@
 Importing the package registers ``Trainer(strategy="delayed_mp")``.
 """
 
-from lightning_dgmp.host import StrategyRegistry
-from lightning_dgmp.plan import Plan, PlanError
-from lightning_dgmp.strategy import DelayedMPStrategy
+from typing import TYPE_CHECKING, Any
+
+from lightning_dgmp.registration import register
 from lightning_dgmp.version import __version__
+
+if TYPE_CHECKING:
+    from lightning_dgmp.plan import Plan, PlanError
+    from lightning_dgmp.strategy import DelayedMPStrategy
 
 __all__ = ["DelayedMPStrategy", "Plan", "PlanError", "__version__"]
 
 
-if "delayed_mp" not in StrategyRegistry:
-    DelayedMPStrategy.register_strategies(StrategyRegistry)
+def __getattr__(name: str) -> Any:  # late, because the strategy belongs to the Lightning that the project imports
+    if name == "DelayedMPStrategy":
+        from lightning_dgmp.strategy import DelayedMPStrategy
+
+        return DelayedMPStrategy
+    if name in __all__:
+        from lightning_dgmp import plan
+
+        return getattr(plan, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

@@ -19,9 +19,9 @@ from lightning_dgmp.host import (
     SIGTERMException,
     Timer,
     Trainer,
-    is_of_user,
     rank_zero_warn,
 )
+from lightning_dgmp.plan.restore import is_of_user
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Data from stage 0: one process of a replica loads, the others receive its batches.
 
-So shuffling, augmentation, custom samplers and iterable data sets are right by construction, whatever they draw.
+So shuffling, augmentation, custom samplers and iterable data sets are right by construction, whatever they draw. What a
+stage does not read travels as a shape only; see :mod:`lightning_dgmp.withheld`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch.utils.data import DistributedSampler
 
 from lightning_dgmp.host import MisconfigurationException, sized_len
 from lightning_dgmp.nests import join, split
-from lightning_dgmp.transport import DATA, Transport
+from lightning_dgmp.transport import DATA, REQUESTS, Transport
 from lightning_dgmp.wire import Message
+from lightning_dgmp.withheld import Lender, StandIns
 
 __all__ = ["Feed", "check_sampler"]
 
@@ -41,28 +43,45 @@ class Feed:
         share: Callable[[Any, str], Any],
     ) -> None:
         self.loads, self._loading, self.share = stage == 0, loading, share
-        self._transport, self._others = transport, range(1, num_stages)
-        self._num_messages = 0
+        self._transport = transport
+        self._num_messages = self._num_loaders = 0
+        self._lender = Lender(range(1, num_stages))
+        self._stand_ins, self._num_stages = StandIns(self._ask), num_stages
+        transport.serve(self._answer)
 
     def wrap(self, loader: Any) -> Any:
         """What takes the place of ``loader``, which must be of the same kind on all stages."""
         length = self.share(sized_len(loader) if self.loads else None, "the length of a data loader")
         is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        return (_StatefulSharedLoader if is_stateful else _SharedLoader)(loader, length, self)
+        self._num_loaders += 1
+        return (_StatefulSharedLoader if is_stateful else _SharedLoader)(loader, length, self, self._num_loaders)
 
-    def batches(self, loader: Any) -> Iterator[Any]:
-        """The batches of ``loader`` on stage 0, on every stage."""
+    def batches(self, loader: Any, key: int) -> Iterator[Any]:
+        """The batches of ``loader`` on stage 0, on every stage; ``key`` is the same whenever it begins anew."""
         if not self.loads:
             return self._received()
         with self._loading():
             iterator = iter(loader)
-        return self._loaded(iterator)
+        return self._loaded(iterator, key)
+
+    def read(self, nest: Any) -> Any:
+        """A batch with the values of all its tensors, also of those that this stage would not read."""
+        return self._stand_ins.read(nest)
+
+    def settle(self) -> None:
+        """Fetch what somebody has kept of batches and not read: soon nobody can be asked."""
+        self._stand_ins.settle()
 
     def _received(self) -> Iterator[Any]:
         while (message := self._receive()).extra:
-            yield join(pickle.loads(message.extra), message.tensors)
+            form = pickle.loads(message.extra)
+            if any(tensor is None for tensor in message.tensors):
+                oldest = max(message.batch - self._num_stages - 2, 0)  # those in flight may run again
+                self._stand_ins.settle(oldest)
+                self._transport.send(REQUESTS, 0, Message(oldest, 0, []))
+            yield join(form, self._stand_ins.fill(message.batch, form, message.tensors))
 
-    def _loaded(self, iterator: Iterator[Any]) -> Iterator[Any]:
+    def _loaded(self, iterator: Iterator[Any], key: int) -> Iterator[Any]:
         while True:
             with self._loading():
                 try:
@@ -70,32 +89,45 @@ class Feed:
                 except StopIteration:
                     break
             form, tensors = split(batch)
-            self._send([t.detach().cpu().clone() for t in tensors], pickle.dumps(form))  # the step may change them
+            copies = [t.detach().cpu().clone() for t in tensors]  # the step may change them
+            self._send(copies, pickle.dumps(form), key)
             yield batch
-        self._send([], b"")
+        self._send([], b"", key)
 
-    def _send(self, tensors: list[torch.Tensor], extra: bytes) -> None:
-        for stage in self._others:
-            self._transport.send(DATA, stage, Message(self._num_messages, 0, tensors, extra=extra))  # type: ignore[arg-type]
+    def _send(self, tensors: list[torch.Tensor], extra: bytes, key: int) -> None:
+        for stage, share in self._lender.share(self._num_messages, key, tensors).items():
+            self._transport.send(DATA, stage, Message(self._num_messages, 0, share, extra=extra))
         self._num_messages += 1
 
     def _receive(self) -> Message:
         self._num_messages += 1
         return self._transport.receive(DATA, 0, self._num_messages - 1)
 
+    def _ask(self, number: int, leaf: int, always: bool) -> torch.Tensor:
+        reply = self._transport.ask(Message(number, 0, [], extra=pickle.dumps((leaf, always))))
+        assert reply.tensors[0] is not None
+        return reply.tensors[0]
+
+    def _answer(self, stage: int, request: Message) -> Message | None:
+        """On stage 0, in a thread: a request without anything else releases older batches."""
+        if not request.extra:
+            self._lender.release(stage, request.batch)
+            return None
+        return Message(request.batch, 0, [self._lender.lend(stage, request.batch, *pickle.loads(request.extra))])
+
 
 class _SharedLoader:
     """Stands for a loader: the same attributes, the batches of stage 0."""
 
-    def __init__(self, loader: Any, length: int | None, feed: Feed) -> None:
-        self.__dict__.update(_loader=loader, _length=length, _feed=feed)
+    def __init__(self, loader: Any, length: int | None, feed: Feed, key: int) -> None:
+        self.__dict__.update(_loader=loader, _length=length, _feed=feed, _key=key)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # code that asks whether it is a `DataLoader` gets the answer of the loader
         return type(self.__dict__["_loader"])
 
     def __iter__(self) -> Iterator[Any]:
-        return self._feed.batches(self._loader)
+        return self._feed.batches(self._loader, self._key)
 
     def __len__(self) -> int:
         if self._length is None:

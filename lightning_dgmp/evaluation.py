@@ -72,12 +72,16 @@ class Evaluation:
         Returns:
             What the step returns on the last stage, ``None`` on the others.
         """
-        if key not in self._runners:
+        if not self.has_run(key):
             return self._run_first(key, step)
         runner = self._runners[key]
         if runner is None:
             return self._run_whole(step)
         return self._run_stage(runner, step)
+
+    def has_run(self, key: Any) -> bool:
+        """Whether there was a step with this ``key``."""
+        return key in self._runners
 
     def end(self) -> None:
         """Go back to where training was. All stages must call it when an evaluation is over."""

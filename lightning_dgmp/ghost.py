@@ -9,6 +9,7 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,8 +25,10 @@ from torch._subclasses.fake_tensor import (
 
 from lightning_dgmp.nests import leaves, map_tensors, tensors_in
 
-__all__ = ["PLAIN", "Ghost", "GhostError", "GhostMode", "GhostRead", "looks_of"]
+__all__ = ["PLAIN", "Ghost", "GhostError", "GhostMode", "GhostRead", "is_in_place", "looks_of", "realised"]
 
+
+_FAKES = FakeTensorMode(allow_non_fake_inputs=True)  # one for all, since those of several do not mix
 
 #: Types of arguments that are what they look like.
 PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
@@ -81,6 +84,11 @@ class Ghost(torch.Tensor):
         """Whether a real value is, or will be, here."""
         return self._real is not None or self._receive is not None
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the value has been received."""
+        return self._real is not None
+
     def bind(self, receive: Callable[[], Tensor]) -> None:
         """Let ``receive()`` supply the value at the first touch."""
         self._receive = receive
@@ -89,7 +97,7 @@ class Ghost(torch.Tensor):
         """The received value; waits for it if need be. Only for bound ghosts."""
         if self._real is None:
             assert self._receive is not None
-            self._real = self._receive()
+            self._real, self._receive = self._receive(), None
         return self._real
 
     def describe(self) -> str:
@@ -103,9 +111,13 @@ class Ghost(torch.Tensor):
         return id(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.bound:
+            return self.received().__reduce_ex__(protocol)
         raise GhostRead(self, "pickle")
 
     def __deepcopy__(self, memo: Any) -> Any:
+        if self.bound:
+            return copy.deepcopy(self.received(), memo)
         raise GhostRead(self, "copy.deepcopy")
 
     @classmethod
@@ -116,7 +128,11 @@ class Ghost(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise GhostRead(_first_ghost(args, kwargs), str(func))
+        ghosts = tensors_in((args, kwargs), Ghost)
+        for ghost in ghosts:
+            if not ghost.bound or ghost.received().requires_grad:
+                raise GhostRead(ghost, str(func))
+        return func(*realised(args), **realised(kwargs or {}))
 
 
 class GhostMode:
@@ -126,7 +142,7 @@ class GhostMode:
     """
 
     def __init__(self) -> None:
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = _FAKES
         #: Ids of real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
         self.written_over: set[int] = set()
         #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
@@ -176,16 +192,18 @@ class GhostMode:
         if name == "__get__" and isinstance(subject, Ghost):
             attribute = getattr(owner, "__name__", "")
             if attribute in _METADATA:
-                return _METADATA[attribute](subject)
+                return getattr(subject.received(), attribute) if subject.has_arrived else _METADATA[attribute](subject)
         elif name == "__set__" and isinstance(subject, Ghost):
             return _set_attribute(subject, getattr(owner, "__name__", ""), args[1])
 
         inputs = tensors_in((args, kwargs), Ghost)
         if any(g.bound for g in inputs):
-            args, kwargs = map_tensors(_realise, args), map_tensors(_realise, dict(kwargs))
+            args, kwargs = realised(args), realised(dict(kwargs))
             inputs = [g for g in inputs if not g.bound]
             if not inputs:
                 return func(*args, **kwargs)
+            if inputs[0].family is not self:
+                return inputs[0].family.call(func, args, kwargs)
             subject = args[0] if args else None
         if name in _READS:
             raise GhostRead(inputs[0], name)
@@ -199,7 +217,7 @@ class GhostMode:
         if name in _NOISE and self.draws_noise:  # depends on nothing but the shape, so it is no one's value
             return func(*map_tensors(_shell, args), **map_tensors(_shell, dict(kwargs)))
 
-        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
+        in_place = is_in_place(name, kwargs)
         out = kwargs.get("out")
         for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
             if isinstance(target, Tensor) and not isinstance(target, Ghost):
@@ -262,6 +280,11 @@ class _Identity:
         return id(item) in self.ids
 
 
+def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of that name changes its first argument."""
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
+
+
 def looks_of(obj: Any) -> Any:
     """A key for the nest ``obj``: its structure, what its tensors look like, and its plain values."""
     if isinstance(obj, Ghost):
@@ -288,6 +311,11 @@ def _first_ghost(args: Any, kwargs: Any) -> Ghost:
 
 def _fake(tensor: Tensor) -> Tensor:
     return tensor.fake if isinstance(tensor, Ghost) else tensor.detach()
+
+
+def realised(nest: Any) -> Any:
+    """``nest`` with their values in the place of bound ghosts; waits for them if need be."""
+    return map_tensors(_realise, nest)
 
 
 def _realise(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Lightning of the project: ``lightning.pytorch``, or ``pytorch_lightning`` if that alone was imported before us.
+"""The Lightning of the project: ``lightning.pytorch``, or ``pytorch_lightning`` if that alone is imported.
 
 Both are the same code under two names, but their classes are not the same. All of this package takes Lightning from
 here.
@@ -34,7 +34,6 @@ __all__ = [
     "call",
     "callbacks",
     "default_pg_timeout",
-    "is_of_user",
     "is_overridden",
     "is_param_in_hook_signature",
     "rank_zero_info",
@@ -86,13 +85,3 @@ else:
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
-
-_NOT_OF_USER = {
-    "builtins", "lightning", "lightning_dgmp", "lightning_fabric", "logging", "numpy", "pytorch_lightning", "threading",
-    "torch", "torchmetrics", "transformers",
-}  # fmt: skip
-
-
-def is_of_user(module_name: str) -> bool:
-    """Whether code in a module is the user's, and not that of a library that this project knows."""
-    return module_name.partition(".")[0] not in _NOT_OF_USER

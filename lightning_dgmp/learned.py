@@ -14,6 +14,7 @@ import numpy
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_dgmp.ghost import realised
 from lightning_dgmp.host import LightningModule
 from lightning_dgmp.nests import leaves
 from lightning_dgmp.plan.restore import is_object_of_user
@@ -72,7 +73,7 @@ class Learned:
                 if name in skip:
                     continue
                 inside = vars(value).items() if is_object_of_user(value) else [("", value)]
-                yield from (((path, name, inner), item) for inner, item in inside if _is_plain(item))
+                yield from (((path, name, inner), realised(item)) for inner, item in inside if _is_plain(item))
 
 
 def _is_plain(value: Any) -> bool:

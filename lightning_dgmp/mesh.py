@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from typing_extensions import override
 
-from lightning_dgmp.host import DDPStrategy, Trainer, default_pg_timeout, is_of_user, rank_zero_warn
+from lightning_dgmp.host import DDPStrategy, Trainer, default_pg_timeout, rank_zero_warn
+from lightning_dgmp.plan.restore import is_of_user
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.support import check_devices
 from lightning_dgmp.transport import Transport

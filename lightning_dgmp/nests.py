@@ -80,7 +80,7 @@ class Form:
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """The received ``tensor`` with the strides of the original."""
-        if self.stride is None:
+        if self.stride is None or tensor.stride() == self.stride:
             return tensor
         return torch.empty_strided(self.shape, self.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 

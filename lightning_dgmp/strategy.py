@@ -23,6 +23,7 @@ from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.host import (
     MisconfigurationException,
+    StrategyRegistry,
     TorchCheckpointIO,
     Trainer,
     TrainerFn,
@@ -235,6 +236,7 @@ class DelayedMPStrategy(MeshStrategy):
         module = self.lightning_module
         assert module is not None
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        batch = batch if self._feed is None else self._feed.read(batch)
         args = (batch, batch_idx) if takes_index else (batch,)
 
         def step(want: Callable[..., None]) -> Any:
@@ -373,6 +375,8 @@ class DelayedMPStrategy(MeshStrategy):
         if self._pipeline is not None:
             self._pipeline.close()
             self._interception.use(None)
+        if self._feed is not None:
+            self._feed.settle()
 
     # ----- evaluation
 
@@ -410,8 +414,10 @@ class DelayedMPStrategy(MeshStrategy):
                 self.root_device,
                 self._seed,
             )
-        dataloader_idx = args[2] if len(args) > 2 else 0
-        result = self._evaluation.run((name, dataloader_idx), step)
+        key = name, args[2] if len(args) > 2 else 0
+        if self._feed is not None and not self._evaluation.has_run(key):
+            args = self._feed.read(args)  # for the trace, which runs everything
+        result = self._evaluation.run(key, step)
         if reads_outputs(name, module):
             result = self.share_of_last_stage(result, f"the output of `{name}`")
         return result
@@ -431,6 +437,8 @@ class DelayedMPStrategy(MeshStrategy):
     def _end_evaluation(self) -> None:
         if self._evaluation is not None:
             self._evaluation.end()
+        if self._feed is not None:
+            self._feed.settle()
 
     # ----- checkpoints
 
@@ -512,6 +520,10 @@ class DelayedMPStrategy(MeshStrategy):
                 description=f"Pipeline model parallelism with delayed gradients, `start_method` '{start_method}'",
                 start_method=start_method,
             )
+
+
+if "delayed_mp" not in StrategyRegistry:
+    DelayedMPStrategy.register_strategies(StrategyRegistry)
 
 
 def _nothing() -> None: ...

@@ -7,7 +7,7 @@ ahead and one that sends, so that the training thread waits only for what is not
     training thread   send() -> queue -> sending thread ~~ peer's receiving thread -> queue -> receive()
 
 Messages describe themselves: a header of integers (kind, batch, flags, shapes), then the tensors. A third direction
-brings the batches of data from stage 0 to all others.
+brings the batches of data from stage 0 to all others, and two more let these ask it for more of them.
 
 With gloo, tensors of an accelerator travel through pinned host memory, so several stages can share one device. With
 NCCL the headers still go over gloo and the tensors straight from device to device, one communicator a pair and
@@ -24,8 +24,9 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,11 +35,13 @@ import torch.distributed as dist
 from lightning_dgmp.wire import ABORT, CLOSE, Arriving, Broken, Message, Staged, Wire
 from lightning_dgmp.world import PeerError
 
-__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "Peer", "Transport"]
+__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REQUESTS", "Peer", "Transport"]
 
 ACTIVATIONS = "activations"
 ERRORS = "errors"
 DATA = "data"
+REQUESTS = "requests"
+_REPLIES = "replies"
 
 _FOREVER = timedelta(days=365)
 
@@ -70,7 +73,7 @@ class Transport:
         self.timeout, self._device, self._over_nccl = timeout, device, over_nccl
         self._peers = [Peer(k, rank) for k, rank in enumerate(ranks)]
         self.me = self._peers[stage]
-        directions = (ACTIVATIONS, ERRORS, DATA)
+        directions = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES)
         # Threads receive ahead, also while nothing is to come for long: only who needs a message has a limit.
         self._groups = {d: dist.new_group(timeout=_FOREVER, backend="gloo") for d in directions}
         self._in: dict[tuple[str, int], _Inbox] = {}
@@ -87,7 +90,31 @@ class Transport:
             self._connect(ERRORS, target, source, self._device)
             self._edges.add(edge)
 
-    def _connect(self, direction: str, source: Peer, target: Peer, device: torch.device) -> None:
+    def serve(self, answer: Callable[[int, Message], Message | None]) -> None:
+        """Let stage 0 answer the others by ``answer(stage, request)``, in a thread. All stages must call it."""
+        host, server = torch.device("cpu"), self._peers[0]
+        for peer in self._peers[1:]:
+            self._connect(_REPLIES, server, peer, host)
+            self._connect(REQUESTS, peer, server, host, partial(self._reply, answer, peer.stage))
+
+    def _reply(self, answer: Callable[[int, Message], Message | None], stage: int, arriving: Arriving) -> None:
+        reply = answer(stage, arriving.message)
+        if reply is not None:
+            self.send(_REPLIES, stage, reply)
+
+    def ask(self, request: Message) -> Message:
+        """Send a request to stage 0 and wait for the reply."""
+        self.send(REQUESTS, 0, request)
+        return self.receive(_REPLIES, 0, request.batch)
+
+    def _connect(
+        self,
+        direction: str,
+        source: Peer,
+        target: Peer,
+        device: torch.device,
+        take: Callable[[Arriving], None] | None = None,
+    ) -> None:
         pair = None
         if self._over_nccl and device.type == "cuda":  # a communicator for itself, or transfers would wait in line
             pair = dist.new_group(sorted((source.rank, target.rank)), timeout=self.timeout, backend="nccl")
@@ -97,7 +124,8 @@ class Transport:
                 Wire(self._groups[direction], pair, target.rank, device), bound
             )
         elif self.me == target:
-            self._in[direction, source.stage] = _Inbox(Wire(self._groups[direction], pair, source.rank, device), bound)
+            wire = Wire(self._groups[direction], pair, source.rank, device)
+            self._in[direction, source.stage] = _Inbox(wire, bound, take)
 
     def send(self, direction: str, stage: int, message: Message) -> None:
         """Hand over ``message``; its tensors must not be changed afterwards."""
@@ -208,11 +236,12 @@ class _Outbox:
 
 
 class _Inbox:
-    """Receives ahead in a thread of its own."""
+    """Receives ahead in a thread of its own, for :meth:`get` or for ``take``."""
 
-    def __init__(self, wire: Wire, bound: int) -> None:
+    def __init__(self, wire: Wire, bound: int, take: Callable[[Arriving], None] | None = None) -> None:
         self.wire = wire
         self.queue: queue.Queue[Arriving | Broken] = queue.Queue(bound)
+        self._take = take or self.queue.put
         self.thread = threading.Thread(target=self._run, name=f"dgmp-receive-{wire.rank}", daemon=True)
         self.thread.start()
 
@@ -234,7 +263,7 @@ class _Inbox:
     def _run(self) -> None:
         try:
             while True:
-                self.queue.put(self.wire.receive())
+                self._take(self.wire.receive())
         except Broken as end:
             self.queue.put(end)
         except Exception as error:

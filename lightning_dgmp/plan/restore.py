@@ -13,11 +13,13 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from lightning_dgmp.host import is_of_user
-
-__all__ = ["attributes_of_now", "attributes_saved", "is_object_of_user", "is_plain", "untouched"]
+__all__ = ["attributes_of_now", "attributes_saved", "is_object_of_user", "is_of_user", "is_plain", "untouched"]
 
 _MAX_ITEMS = 10_000  # of a container; larger ones are data, and not copied in every step
+_NOT_OF_USER = {
+    "builtins", "lightning", "lightning_dgmp", "lightning_fabric", "logging", "numpy", "pytorch_lightning", "threading",
+    "torch", "torchmetrics", "transformers",
+}  # fmt: skip
 _Generator = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
 
 
@@ -180,3 +182,8 @@ def is_object_of_user(value: Any) -> bool:
     ):
         return False
     return is_of_user(type(value).__module__)
+
+
+def is_of_user(module_name: str) -> bool:
+    """Whether code in a module is the user's, and not that of a library that this project knows."""
+    return module_name.partition(".")[0] not in _NOT_OF_USER

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dgmp.ghost import Ghost, GhostError
-from lightning_dgmp.nests import leaves, map_tensors, tensors_in
+from lightning_dgmp.ghost import Ghost, GhostError, realised
+from lightning_dgmp.nests import leaves, tensors_in
 from lightning_dgmp.plan.plan import Event, Plan, Transfer
 from lightning_dgmp.stage.randomness import StepRandomness
 from lightning_dgmp.stage.skip import Skips
@@ -79,7 +79,8 @@ class Forward:
         self.at(Event(path, occurrence, "arg"), (args, kwargs))
         owner = self.plan.modules.get(path)
         if owner is None or owner == self.stage:
-            args, kwargs = map_tensors(_realise, args), map_tensors(_realise, kwargs)
+            realise = realised if owner == self.stage else self.skips.realised  # what is of the batch may wait
+            args, kwargs = realise(args), realise(kwargs)
         if owner is None:
             out = call(*args, **kwargs)
         elif owner == self.stage:
@@ -94,7 +95,7 @@ class Forward:
 
     def on_function(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a custom autograd function the values that have arrived."""
-        return apply(*map_tensors(_realise, args), **map_tensors(_realise, kwargs))
+        return apply(*realised(args), **realised(kwargs))
 
     @contextmanager
     def as_a_whole(self) -> Iterator[None]:
@@ -186,7 +187,3 @@ class _Entry(torch.autograd.Function):
     def backward(ctx: Any, *errors: Tensor) -> tuple[None, None]:
         ctx.arrived.error = errors[0]
         return None, None
-
-
-def _realise(tensor: Tensor) -> Tensor:
-    return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor

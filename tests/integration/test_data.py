@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_dgmp.nests import leaves
+from lightning_dgmp.withheld import StandIns
 from tests import models
 from tests.pool import WorkerPool
 from tests.training import assert_equal, fit
@@ -209,3 +210,59 @@ def test_an_error_of_the_loader_ends_all(pool: WorkerPool) -> None:
     assert first.type == "ZeroDivisionError"
     assert "Stage 0 (rank 1) failed" in last.message
     assert "the user's own error" in last.message
+
+
+class Looks(models.MLP):
+    """Reads large images on the first stage, and now and then where the loss is."""
+
+    def __init__(self, every: int = 0, keeps: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.every, self.keeps = every, keeps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = self.loss((x.view(x.size(0), -1)[:, :8].float(), y))
+        if self.every and batch_idx % self.every == 1:
+            self.log("mean", x.mean(), on_step=True)
+        if self.keeps and batch_idx == 3:
+            self.example = x
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        if self.keeps:
+            self.log("example", self.example.sum())
+
+
+def large_images() -> DataLoader:
+    x = torch.randn(80, 3, 20, 20, generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(x, torch.arange(80) % 4), batch_size=4, shuffle=True)
+
+
+def fit_and_count_requests(strategy: Any, devices: int, **kwargs: Any) -> Any:
+    """The outcome, and which batches this stage has asked for."""
+    requests: list[int] = []
+    fetch = StandIns._fetch
+
+    def counted(self: StandIns, number: int, leaf: int) -> Tensor:
+        requests.append(number)
+        return fetch(self, number, leaf)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StandIns, "_fetch", counted)
+        return fit(Looks, large_images, strategy, devices, max_epochs=2, module_args=kwargs), requests
+
+
+@pytest.mark.parametrize("backward", ["stash", "recompute"])
+@pytest.mark.parametrize(
+    ("kwargs", "asked"), [({}, [0]), ({"every": 5}, [0, 1]), ({"keeps": True}, [0, 3])], ids=["never", "often", "kept"]
+)
+def test_what_a_stage_does_not_read_does_not_travel(
+    pool: WorkerPool, kwargs: dict[str, Any], asked: list[int], backward: str
+) -> None:
+    expected = pool.run(fit_and_count_requests, 1, {"num_stages": 3, "virtual": True}, 1, **kwargs)[0][0]
+    last, middle, first = pool.run(fit_and_count_requests, 3, {"num_stages": 3, "backward": backward}, 3, **kwargs)
+    assert_equal(last[0], expected, 1e-6)
+    assert last[1][: len(asked)] == asked  # the first batch is read by all: the plan is made on it
+    assert len(last[1]) < 20  # what has been read once comes by itself
+    assert middle[1] == [0]
+    assert first[1] == []

@@ -127,8 +127,7 @@ def test_lightning_cli(tmp_path: Path) -> None:
 
 STANDALONE = """
 import sys
-import pytorch_lightning as pl
-import lightning_dgmp
+{imports}
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -160,9 +159,11 @@ if __name__ == "__main__":
 """
 
 
-def test_the_standalone_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_standalone_package(tmp_path: Path, first: int) -> None:
     path = tmp_path / "script.py"
-    path.write_text(STANDALONE)
+    imports = ["import pytorch_lightning as pl", "import lightning_dgmp"]
+    path.write_text(STANDALONE.replace("{imports}", "\n".join([imports[first], imports[1 - first]])))
     done = subprocess.run(
         [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
     )
