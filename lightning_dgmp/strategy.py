@@ -227,7 +227,7 @@ class DelayedMPStrategy(MeshStrategy):
             self.root_device,
             backward=self._backward,
             seed=self._seed,
-            first_batch=module.trainer.global_step,
+            first_batch=module.trainer.fit_loop.epoch_loop.total_batch_idx,
         )
         self._interception.use(self._pipeline.runner)
         self._evaluation = None  # what was planned with the whole model
@@ -334,33 +334,51 @@ class DelayedMPStrategy(MeshStrategy):
         The learning rate stays as it is. All stages must call it at the same iteration.
         """
         runner, queues = self.runner, self._queues
-        # Hooks may set the next learning rate in each of these steps, of which a stage has some or none.
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         if queues is not None:
-            while not queues.empty:
-                self._flush_step(queues.drain)
+            self._flush_batches(lambda: queues.num_waiting, queues.drain)
         elif runner is not None and runner.begin_flush():
-            while runner.in_flight:
-                self._flush_step(lambda: runner.backward(_no_loss))
+            self._flush_batches(lambda: len(runner.in_flight), lambda: runner.backward(_no_loss))
             runner.end_flush()
-        for group, values in zip(groups, before):
-            group.update(values)
 
-    def _flush_step(self, backward: Callable[[], None]) -> None:
+    def _flush_batches(self, num_in_flight: Callable[[], int], backward: Callable[[], None]) -> None:
+        """Run ``backward`` until nothing is in flight, with a step where one is due and at the end.
+
+        With accumulation over M batches the count goes on: a step is due when the first stage has the gradients of M.
+        """
         module = self.lightning_module
         assert module is not None
         trainer = module.trainer
-        epoch, batch_idx = trainer.current_epoch, trainer.fit_loop.batch_idx
-        optimizer = self._lightning_optimizers[0]
+        where = trainer.current_epoch, trainer.fit_loop.batch_idx, self._lightning_optimizers[0]
+        # Hooks may set the next learning rate in each of these steps, of which a stage has some or none.
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        begun = count = _num_accumulated(trainer)
+        is_open = begun > 0  # whether there are gradients that wait for a step
+
+        def zero_grad() -> None:
+            call._call_lightning_module_hook(trainer, "optimizer_zero_grad", *where)
 
         @torch.enable_grad()
         def closure() -> Tensor:
-            call._call_lightning_module_hook(trainer, "optimizer_zero_grad", epoch, batch_idx, optimizer)
-            backward()
+            if not is_open:
+                zero_grad()
+            if num_in_flight():
+                backward()
             return self.precision_plugin.post_backward(torch.zeros((), device=self.root_device), module)
 
-        call._call_lightning_module_hook(trainer, "optimizer_step", epoch, batch_idx, optimizer, closure)
+        for i in range(self.num_stages - 1):
+            count += 1
+            steps = count % trainer.accumulate_grad_batches == 0 or i == self.num_stages - 2
+            if steps and (is_open or num_in_flight()):
+                call._call_lightning_module_hook(trainer, "optimizer_step", *where, closure)
+                is_open = False
+            elif num_in_flight():
+                closure()
+                is_open = True
+        if begun:  # Lightning goes on with the accumulation
+            zero_grad()
+        for group, values in zip(groups, before):
+            group.update(values)
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -535,6 +553,13 @@ def _same(leaf: Any) -> Any:
 
 def _copy_tensor(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _num_accumulated(trainer: Trainer) -> int:
+    """Over how many batches gradients have been accumulated since the last step."""
+    if not trainer.fit_loop._should_accumulate():
+        return 0
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches)
 
 
 def _no_loss() -> None:

@@ -63,11 +63,6 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
             f"{strategy} does not support `precision='16-mixed'` yet, because each stage would scale its loss alone."
             " Use `precision='bf16-mixed'`."
         )
-    if trainer.accumulate_grad_batches != 1:
-        raise MisconfigurationException(
-            f"{strategy} does not support gradient accumulation yet, but `accumulate_grad_batches="
-            f"{trainer.accumulate_grad_batches}`. Use a larger batch."
-        )
     if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm"):
         raise MisconfigurationException(
             f"{strategy} does not support clipping by norm yet, because a stage knows only its own gradients, but"
@@ -84,14 +79,6 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
             raise MisconfigurationException(
                 f"{strategy} does not support the search for a learning rate, which steers by the loss of each batch,"
                 f" but there is a `{type(callback).__name__}`. Search on one device without this strategy."
-            )
-        if (
-            isinstance(callback, callbacks.GradientAccumulationScheduler)
-            and callback.going_to_accumulate_grad_batches()
-        ):
-            raise MisconfigurationException(
-                f"{strategy} does not support gradient accumulation yet, but there is a"
-                f" `{type(callback).__name__}`. Remove it, and use a larger batch."
             )
         if not virtual and isinstance(callback, _AVERAGING):
             raise MisconfigurationException(

@@ -35,9 +35,9 @@ class GradientQueues:
         self._kept: dict[nn.Parameter, Tensor] = {}
 
     @property
-    def empty(self) -> bool:
-        """Whether nothing is in flight."""
-        return not any(self._waiting)
+    def num_waiting(self) -> int:
+        """How many batches are in flight on the first stage."""
+        return max(map(len, self._waiting))
 
     def set_aside(self) -> None:
         """Before a backward: put gradients that the user's code has not zeroed apart from those of today."""
@@ -58,12 +58,9 @@ class GradientQueues:
 
     def _take(self, stay: Sequence[int]) -> None:
         for parameters, waiting, delay in zip(self._stages, self._waiting, stay):
-            if len(waiting) <= delay:
-                due: list[Tensor | None] = [None] * len(parameters)
-            else:
-                due = [_sum(self._kept.get(p), grad) for p, grad in zip(parameters, waiting.popleft())]
+            due = waiting.popleft() if len(waiting) > delay else [None] * len(parameters)
             for parameter, grad in zip(parameters, due):
-                parameter.grad = grad if parameter.requires_grad else None
+                parameter.grad = _sum(self._kept.get(parameter), grad) if parameter.requires_grad else None
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -33,7 +33,7 @@ def test_queues_follow_the_schedule(num_stages: int, num_batches: int) -> None:
         note()
         for k, stage in enumerate(delayed_schedule(delays, num_batches)):
             assert (parameters[k].grad is None) == (stage[batch].backward is None)
-    while not queues.empty:
+    while queues.num_waiting:
         for p in parameters:
             p.grad = None
         queues.drain()

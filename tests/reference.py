@@ -1,0 +1,99 @@
+"""The serial reference: delayed training of one model in one process, by hand, with the batches of all replicas."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+__all__ = ["train_by_hand"]
+
+
+def train_by_hand(
+    module: LightningModule,
+    replicas: Sequence[Sequence[Any]],
+    stages: dict[str, tuple[int, ...]],
+    num_stages: int,
+    accumulate: int = 1,
+    max_norm: float | None = None,
+) -> list[float]:
+    """Train ``module`` by a FIFO of gradients a stage; returns the losses of the first replica.
+
+    Args:
+        module: With ``loss(batch)``, and a scheduler a step if any.
+        replicas: The batches of each replica, whose gradients are averaged.
+        stages: The stage of each parameter.
+        num_stages: How many stages there are.
+        accumulate: Over how many batches gradients are accumulated.
+        max_norm: Clip to this norm: a stage takes its own gradient's, for the later stages those of the same batch,
+            and for earlier ones the newest before it began the iteration.
+    """
+    configured = module.configure_optimizers()
+    optimizer, scheduler = configured, None
+    if isinstance(configured, dict):
+        optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    parameters = [{n: p for n, p in module.named_parameters() if stages[n] == (k,)} for k in range(num_stages)]
+    queues: list[deque[dict[str, Tensor]]] = [deque() for _ in parameters]
+    squares: list[list[float]] = [[] for _ in parameters]  # of each stage's newest gradient, by iteration
+    losses: list[float] = []
+
+    def take(k: int, delay: int) -> None:
+        if len(queues[k]) > delay:
+            due = queues[k].popleft()
+            for n, p in parameters[k].items():
+                if n in due:
+                    p.grad = due[n] if p.grad is None else p.grad + due[n]
+
+    def step(earlier: list[float]) -> None:
+        for k, own in enumerate(parameters):
+            if max_norm is not None:
+                history = [squares[j][-1 - (j - k)] if len(squares[j]) > j - k else 0.0 for j in range(k, num_stages)]
+                norm = (sum(earlier[:k]) + sum(history)) ** 0.5
+                for p in own.values():
+                    if p.grad is not None:
+                        p.grad = p.grad * min(1.0, max_norm / (norm + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def note(k: int, is_step: bool) -> None:
+        grads = [p.grad for p in parameters[k].values() if p.grad is not None]
+        before = squares[k][-1] if squares[k] else 0.0
+        squares[k].append(sum(float((g**2).sum()) for g in grads) if is_step and grads else before)
+
+    num_batches, count = len(replicas[0]), 0
+    for t in range(num_batches):
+        gradients: dict[str, Tensor] = {}
+        for r, batches in enumerate(replicas):
+            loss = module.loss(batches[t])
+            named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            found = torch.autograd.grad(loss / accumulate / len(replicas), list(named.values()), allow_unused=True)
+            for n, grad in zip(named, found):
+                if grad is not None:
+                    gradients[n] = gradients[n] + grad if n in gradients else grad
+            if r == 0:
+                losses.append(loss.item())
+        earlier = [s[-1] if s else 0.0 for s in squares]
+        count += 1
+        is_step = count % accumulate == 0 or t == num_batches - 1
+        for k in range(num_stages):
+            queues[k].append({n: gradients[n] for n in parameters[k] if n in gradients})
+            take(k, num_stages - 1 - k)
+            note(k, is_step)
+        if is_step:
+            step(earlier)
+            count = 0
+            if scheduler is not None:
+                scheduler.step()
+    earlier = [s[-1] if s else 0.0 for s in squares]
+    for i in range(num_stages - 1):
+        is_step = (i + 1) % accumulate == 0 or i == num_stages - 2
+        for k in range(num_stages):
+            take(k, 0)
+            note(k, is_step)
+        if is_step:
+            step(earlier)
+    return losses
