@@ -10,8 +10,10 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from lightning_dgmp.nests import leaves, map_tensors, tensors_in
+from lightning_dgmp.nests import leaves, map_tensors, replace_leaves, tensors_in
 
 __all__ = ["PLAIN", "Ghost", "GhostError", "GhostMode", "GhostRead", "is_in_place", "looks_of", "realised"]
 
@@ -58,25 +60,29 @@ class Ghost(torch.Tensor):
         family: What decides what operations on the ghost do.
         origin: Who makes the value, for messages: a module path or a parameter name.
         requires_grad: What ``requires_grad`` of the real tensor would be.
+        stage: The stage that makes the value, if there are stages; -1 if not.
     """
 
     fake: FakeTensor
     family: GhostMode
     origin: str
     needs_grad: bool
+    stage: int
     vid: int
     looks: tuple[Any, ...] | None
     _real: Tensor | None
     _receive: Callable[[], Tensor] | None
 
     @staticmethod
-    def __new__(cls, fake: FakeTensor, family: GhostMode, origin: str, requires_grad: bool = False) -> Ghost:
+    def __new__(
+        cls, fake: FakeTensor, family: GhostMode, origin: str, requires_grad: bool = False, stage: int = -1
+    ) -> Ghost:
         with torch._C.DisableTorchFunctionSubclass():
             ghost = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, fake.size(), strides=fake.stride(), dtype=fake.dtype, layout=fake.layout, device=fake.device
             )
         ghost.fake, ghost.family, ghost.origin, ghost.needs_grad = fake, family, origin, requires_grad
-        ghost.vid, ghost.looks, ghost._real, ghost._receive = -1, None, None, None
+        ghost.stage, ghost.vid, ghost.looks, ghost._real, ghost._receive = stage, -1, None, None, None
         return ghost
 
     @property
@@ -97,7 +103,14 @@ class Ghost(torch.Tensor):
         """The received value; waits for it if need be. Only for bound ghosts."""
         if self._real is None:
             assert self._receive is not None
-            self._real, self._receive = self._receive(), None
+            real, self._receive = self._receive(), None
+            if real.shape != self.fake.shape:
+                raise GhostError(
+                    f"A{self.describe()[1:]} arrived with the shape {tuple(real.shape)}. What a module returns"
+                    " must have a shape that follows from the shapes and plain values of its arguments, because other"
+                    " stages do not run it; pass it what else decides the shape, or make it on the stage that needs it."
+                )
+            self._real = real
         return self._real
 
     def describe(self) -> str:
@@ -147,19 +160,21 @@ class GhostMode:
         self.written_over: set[int] = set()
         #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
         self.draws_noise = True
+        #: Set when a real mask has decided a shape.
+        self.has_read_mask = False
         self._results: dict[Any, Any] = {}
 
     # ----- making ghosts
 
-    def like(self, tensor: Tensor, origin: str, requires_grad: bool, device: torch.device) -> Ghost:
+    def like(self, tensor: Tensor, origin: str, requires_grad: bool, device: torch.device, stage: int = -1) -> Ghost:
         """A ghost with the shape and dtype of ``tensor``."""
         with self.fake_mode:
             fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-        return Ghost(fake, self, origin, requires_grad)  # type: ignore[arg-type]
+        return Ghost(fake, self, origin, requires_grad, stage)  # type: ignore[arg-type]
 
-    def again(self, ghost: Ghost, origin: str) -> Ghost:
+    def again(self, ghost: Ghost, origin: str, stage: int) -> Ghost:
         """A fresh, unbound ghost with the looks of ``ghost``."""
-        fresh = Ghost(ghost.fake, self, origin, ghost.needs_grad)
+        fresh = Ghost(ghost.fake, self, origin, ghost.needs_grad, stage)
         fresh.looks = ghost.looks
         return fresh
 
@@ -186,6 +201,8 @@ class GhostMode:
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
         subject = args[0] if args else None
+        if isinstance(subject, Ghost) and subject.bound and name in _CHANGES_LEAF:
+            return func(subject.received(), *args[1:], **kwargs)
         if isinstance(subject, Ghost) and name in _SPECIAL:
             return _SPECIAL[name](subject, *args[1:], **kwargs)
         owner = getattr(func, "__self__", None)  # `Tensor.shape.__get__` and the like
@@ -208,7 +225,9 @@ class GhostMode:
         if name in _READS:
             raise GhostRead(inputs[0], name)
         if name == "__getitem__":
-            args = (subject, _numbered(args[1]), *args[2:])
+            numbered = _numbered(args[1])
+            self.has_read_mask |= numbered is not args[1]
+            args = (subject, numbered, *args[2:])
         if func is torch.autograd.grad:
             raise GhostError(
                 f"`torch.autograd.grad` was called on {inputs[0].describe()}. A step may not differentiate by itself,"
@@ -251,12 +270,14 @@ class GhostMode:
             )
         )
         outputs: list[Ghost] = []
+        latest = max(inputs, key=lambda ghost: ghost.stage)
 
         def wrap(fake: Tensor) -> Ghost:
             ghost = fakes.get(id(fake))
             if ghost is None:
                 differentiable = fake.is_floating_point() or fake.is_complex()
-                ghost = Ghost(fake, self, inputs[0].origin, needs_grad and differentiable)  # type: ignore[arg-type]
+                requires_grad = needs_grad and differentiable
+                ghost = Ghost(fake, self, latest.origin, requires_grad, latest.stage)  # type: ignore[arg-type]
             outputs.append(ghost)
             return ghost
 
@@ -264,6 +285,7 @@ class GhostMode:
         changed = subject if in_place and isinstance(subject, Ghost) else None
         if changed is not None:
             changed.needs_grad |= needs_grad
+            changed.stage = latest.stage
             if changed not in _Identity(outputs):
                 outputs.append(changed)
         self.observe(func, inputs, outputs, changed)
@@ -286,7 +308,10 @@ def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
 
 
 def looks_of(obj: Any) -> Any:
-    """A key for the nest ``obj``: its structure, what its tensors look like, and its plain values."""
+    """A key for the nest ``obj``: its structure, what its tensors look like, and its plain values.
+
+    Of other objects the plain attributes count.
+    """
     if isinstance(obj, Ghost):
         if obj.looks is None:
             fake = obj.fake
@@ -302,7 +327,12 @@ def looks_of(obj: Any) -> Any:
         return type(obj), *((key, looks_of(value)) for key, value in obj.items())
     if isinstance(obj, slice):
         return slice, looks_of(obj.start), looks_of(obj.stop), looks_of(obj.step)
-    return type(obj)
+    if isinstance(obj, Enum):
+        return type(obj), obj.name
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return type(obj), *(looks_of(getattr(obj, field.name)) for field in dataclasses.fields(obj))
+    attributes = getattr(obj, "__dict__", {})
+    return type(obj), *((name, value) for name, value in attributes.items() if isinstance(value, PLAIN))
 
 
 def _first_ghost(args: Any, kwargs: Any) -> Ghost:
@@ -314,12 +344,12 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def realised(nest: Any) -> Any:
-    """``nest`` with their values in the place of bound ghosts; waits for them if need be."""
-    return map_tensors(_realise, nest)
+    """``nest`` with their values in the place of bound ghosts, also in its containers; waits for them if need be."""
+    return replace_leaves(_realise, nest)
 
 
-def _realise(tensor: Tensor) -> Tensor:
-    return tensor.received() if isinstance(tensor, Ghost) and tensor.bound else tensor
+def _realise(leaf: Any) -> Any:
+    return leaf.received() if isinstance(leaf, Ghost) and leaf.bound else leaf
 
 
 def _numbered(index: Any) -> Any:
@@ -331,6 +361,8 @@ def _numbered(index: Any) -> Any:
 
     parts = index if isinstance(index, tuple) else (index,)
     numbered = tuple(part for item in parts for part in one(item))
+    if len(numbered) == len(parts) and all(a is b for a, b in zip(numbered, parts)):
+        return index
     return numbered if len(numbered) != 1 or isinstance(index, tuple) else numbered[0]
 
 
@@ -411,5 +443,6 @@ _IN_PLACE = frozenset(
     __ixor__ __ilshift__ __irshift__
     """.split()  # noqa: SIM905
 )
+_CHANGES_LEAF = frozenset(("requires_grad_", "retain_grad", "__set__"))
 _CUTS_GRAPH = frozenset(("detach", "detach_"))
 _NOISE = frozenset(("rand_like", "randn_like", "randint_like"))

@@ -6,7 +6,6 @@ over the others get what it left, so that ``on_validation_epoch_end`` and the li
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_dgmp.ghost import realised
 from lightning_dgmp.host import LightningModule
-from lightning_dgmp.nests import leaves
+from lightning_dgmp.nests import is_same, leaves, marks
 from lightning_dgmp.plan.restore import is_object_of_user
 
 __all__ = ["Learned"]
@@ -37,7 +36,7 @@ class Learned:
 
     def __init__(self, module: LightningModule, share: Callable[[Any, str], Any]) -> None:
         self._module, self._share = module, share
-        self._marks = {key: _marks(value) for key, value in self._attributes()}
+        self._marks = {key: marks(value) for key, value in self._attributes()}
 
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
@@ -59,8 +58,8 @@ class Learned:
 
     def _changes(self) -> _Attributes:
         now = dict(self._attributes())
-        changed = {key: value for key, value in now.items() if not _is_same(self._marks.get(key), value)}
-        self._marks = {key: _marks(value) for key, value in now.items()}
+        changed = {key: value for key, value in now.items() if not is_same(self._marks.get(key), value)}
+        self._marks = {key: marks(value) for key, value in now.items()}
         return changed
 
     def _attributes(self) -> Iterator[tuple[tuple[str, str, str], Any]]:
@@ -81,29 +80,3 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(leaf, _PLAIN) for leaf in leaves(value))
     except Exception:  # a nest that contains itself, or one that cannot be looked through
         return False
-
-
-def _marks(value: Any) -> list[Any]:
-    """What tells whether ``value`` is still the same, without keeping its tensors."""
-    return [_mark(leaf) for leaf in leaves(value)]
-
-
-def _mark(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return weakref.ref(leaf), _version(leaf)
-    return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
-
-
-def _is_same(marks: list[Any] | None, value: Any) -> bool:
-    items = leaves(value)
-    return marks is not None and len(marks) == len(items) and all(map(_is_same_leaf, marks, items))
-
-
-def _is_same_leaf(mark: Any, leaf: Any) -> bool:
-    if isinstance(leaf, Tensor):
-        return isinstance(mark, tuple) and mark[0]() is leaf and mark[1] == _version(leaf) is not None
-    return type(mark) is type(leaf) and bool(numpy.array_equal(mark, leaf))
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

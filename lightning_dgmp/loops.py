@@ -45,16 +45,16 @@ def install_loops(trainer: Trainer) -> None:
 
 
 @contextmanager
-def clock_at(trainer: Trainer, global_step: int, epoch: int) -> Iterator[None]:
-    """Let ``global_step`` and ``current_epoch`` be those of an earlier batch, while its step runs again."""
+def clock_at(trainer: Trainer, global_step: int, epoch: int, batch_idx: int) -> Iterator[None]:
+    """Let the step, the epoch and the batch be those of an earlier batch, while its step runs again."""
     steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-    epochs = trainer.fit_loop.epoch_progress.current
-    today = steps.completed, epochs.completed
-    steps.completed, epochs.completed = global_step, epoch
+    epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+    today = steps.completed, epochs.completed, batches.ready
+    steps.completed, epochs.completed, batches.ready = global_step, epoch, batch_idx + 1
     try:
         yield
     finally:
-        steps.completed, epochs.completed = today
+        steps.completed, epochs.completed, batches.ready = today
 
 
 class _WithStrategy(_Loop):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Callable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
-__all__ = ["Form", "join", "leaves", "map_leaves", "map_tensors", "split", "tensors_in"]
+__all__ = [
+    "Form", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks", "replace_leaves", "split", "tensors_in",
+]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
 
@@ -45,6 +49,29 @@ def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     return fn(obj)
 
 
+def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
+    """``obj`` with ``fn(leaf)`` in the place of each leaf; its lists and mappings stay the same objects."""
+    if isinstance(obj, _LEAVES):
+        return fn(obj)
+    if isinstance(obj, (list, deque, MutableMapping)):
+        for key, value in obj.items() if isinstance(obj, MutableMapping) else enumerate(obj):
+            if (new := replace_leaves(fn, value)) is not value:
+                obj[key] = new
+        return obj
+    if isinstance(obj, tuple):
+        items = [replace_leaves(fn, item) for item in obj]
+        if all(a is b for a, b in zip(items, obj)):
+            return obj
+        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        for field in dataclasses.fields(obj):
+            value = getattr(obj, field.name)
+            if (new := replace_leaves(fn, value)) is not value:
+                object.__setattr__(obj, field.name, new)
+        return obj
+    return map_leaves(fn, obj)
+
+
 def leaves(obj: Any) -> list[Any]:
     """All leaves of the nest ``obj``, in the order of :func:`map_leaves`."""
     if isinstance(obj, _LEAVES):
@@ -68,6 +95,40 @@ def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:
 def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
     """The tensors of type ``kind`` in a nest, in order."""
     return [leaf for leaf in leaves(obj) if isinstance(leaf, kind)]
+
+
+def marks(value: Any) -> list[Any]:
+    """What tells whether ``value`` is still the same, without keeping its tensors."""
+    return [_mark(leaf) for leaf in leaves(value)]
+
+
+def is_same(before: list[Any] | None, value: Any) -> bool:
+    """Whether ``value`` is as it was when its :func:`marks` were ``before``."""
+    items = leaves(value)
+    return before is not None and len(before) == len(items) and all(map(_is_same_leaf, before, items))
+
+
+class _TensorMark(NamedTuple):
+    tensor: weakref.ref[Tensor]
+    version: int | None
+
+
+def _mark(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return _TensorMark(weakref.ref(leaf), _version(leaf))
+    return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
+
+
+def _is_same_leaf(mark: Any, leaf: Any) -> bool:
+    if isinstance(leaf, Tensor):
+        return isinstance(mark, _TensorMark) and mark.tensor() is leaf and mark.version == _version(leaf) is not None
+    if not isinstance(leaf, (*_LEAVES, complex, numpy.ndarray, numpy.generic)):
+        return mark is leaf
+    return type(mark) is type(leaf) and bool(numpy.array_equal(mark, leaf))  # type: ignore[arg-type]
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class Form:

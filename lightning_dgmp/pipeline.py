@@ -16,6 +16,7 @@ from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
+from lightning_dgmp.stage.skip import remove_ghosts
 from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import World
 
@@ -112,6 +113,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Give every process all values for good. Nothing may be in flight."""
+        remove_ghosts(self.runner.root)
         if not self.runner.whole:
             self._weights.assemble()
             self.runner.whole = True

@@ -279,7 +279,8 @@ class DelayedMPStrategy(MeshStrategy):
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
         fresh = partial(map_leaves, _copy_tensor if self._backward != "stash" else _same)
 
-        number, moment = runner.num_forwards, (module.global_step, module.current_epoch)
+        number = runner.num_forwards
+        moment = module.global_step, module.current_epoch, module.trainer.fit_loop.batch_idx
         result = runner.forward(step)
         if not runner.is_last:
             return runner.absent_loss
@@ -337,10 +338,10 @@ class DelayedMPStrategy(MeshStrategy):
         if queues is not None:
             self._flush_batches(lambda: queues.num_waiting, queues.drain)
         elif runner is not None and runner.begin_flush():
-            self._flush_batches(lambda: len(runner.in_flight), lambda: runner.backward(_no_loss))
+            self._flush_batches(lambda: len(runner.in_flight), lambda _: runner.backward(_no_loss))
             runner.end_flush()
 
-    def _flush_batches(self, num_in_flight: Callable[[], int], backward: Callable[[], None]) -> None:
+    def _flush_batches(self, num_in_flight: Callable[[], int], backward: Callable[[bool], None]) -> None:
         """Run ``backward`` until nothing is in flight, with a step where one is due and at the end.
 
         With accumulation over M batches the count goes on: a step is due when the first stage has the gradients of M.
@@ -348,37 +349,34 @@ class DelayedMPStrategy(MeshStrategy):
         module = self.lightning_module
         assert module is not None
         trainer = module.trainer
-        where = trainer.current_epoch, trainer.fit_loop.batch_idx, self._lightning_optimizers[0]
-        # Hooks may set the next learning rate in each of these steps, of which a stage has some or none.
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        before = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        optimizer = self._lightning_optimizers[0]
         begun = count = _num_accumulated(trainer)
         is_open = begun > 0  # whether there are gradients that wait for a step
 
         def zero_grad() -> None:
-            call._call_lightning_module_hook(trainer, "optimizer_zero_grad", *where)
+            where = trainer.current_epoch, trainer.fit_loop.batch_idx
+            call._call_lightning_module_hook(trainer, "optimizer_zero_grad", *where, optimizer)
 
         @torch.enable_grad()
         def closure() -> Tensor:
             if not is_open:
                 zero_grad()
             if num_in_flight():
-                backward()
+                backward(is_open)
             return self.precision_plugin.post_backward(torch.zeros((), device=self.root_device), module)
 
         for i in range(self.num_stages - 1):
             count += 1
             steps = count % trainer.accumulate_grad_batches == 0 or i == self.num_stages - 2
             if steps and (is_open or num_in_flight()):
-                call._call_lightning_module_hook(trainer, "optimizer_step", *where, closure)
+                # Not by the user's `optimizer_step`, which may count or set learning rates: stages have some or none.
+                optimizer.step(closure)
                 is_open = False
             elif num_in_flight():
                 closure()
                 is_open = True
         if begun:  # Lightning goes on with the accumulation
             zero_grad()
-        for group, values in zip(groups, before):
-            group.update(values)
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:

@@ -44,6 +44,7 @@ REQUESTS = "requests"
 _REPLIES = "replies"
 
 _FOREVER = timedelta(days=365)
+_LOOK = 0.3  # seconds between two looks whether who takes nothing is still there
 
 
 class Peer(NamedTuple):
@@ -218,9 +219,15 @@ class _Outbox:
         self.thread.start()
 
     def put(self, message: Message, timeout: timedelta) -> None:
-        if self.broken is not None:
-            raise self.broken
-        self.queue.put(self.wire.stage(message), timeout=timeout.total_seconds())
+        staged, deadline = self.wire.stage(message), time.monotonic() + timeout.total_seconds()
+        while True:
+            if self.broken is not None:
+                raise self.broken
+            try:
+                return self.queue.put(staged, timeout=min(_LOOK, max(deadline - time.monotonic(), 0)))
+            except queue.Full:
+                if time.monotonic() >= deadline:
+                    raise
 
     def finish(self, kind: int, text: str) -> None:
         with contextlib.suppress(queue.Full):  # then the peer takes nothing any more

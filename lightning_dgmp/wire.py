@@ -188,7 +188,9 @@ class Wire:
             )
             if tensor.numel():
                 dist.recv(tensor, self.rank, self.pair or self.group)
-            tensors.append(tensor.permute(_inverse(order)).to(self.device, non_blocking=True))
+            if order != list(range(dim)):
+                tensor = tensor.permute(_inverse(order)).detach()  # no view, or it could not be changed in place
+            tensors.append(tensor.to(self.device, non_blocking=True))
         if self.stream is None:
             return None
         event = torch.cuda.Event()

@@ -112,7 +112,6 @@ _PUT_OFF = frozenset(
     view reshape flatten unflatten squeeze unsqueeze permute transpose movedim __getitem__
     """.split()  # noqa: SIM905
 )
-_CHANGES_LEAF = frozenset(("requires_grad_", "retain_grad", "register_hook", "__set__"))
 
 
 class _PuttingOff(GhostMode):
@@ -140,7 +139,7 @@ class _PuttingOff(GhostMode):
             later = self._bound(fake, lambda: func(subject.received(), *args[1:], **kwargs))
             self._put_off.add(later)
             return later
-        if name in _CHANGES_LEAF and isinstance(subject, Ghost):
+        if name == "register_hook" and isinstance(subject, Ghost):
             return func(subject.received(), *args[1:], **kwargs)
         if is_in_place(name, kwargs):
             for ghost in list(self._put_off):  # what was to be computed before the change

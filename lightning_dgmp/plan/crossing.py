@@ -53,10 +53,11 @@ def values_to_send(
                 continue
             changes = [time for time in trace.changes.get(value.storage, ()) if time < needed[v]]
             last_change = max(changes, default=-1)  # perhaps through a view of it
+            # The last one, so that what comes before it may differ from batch to batch.
             seen = next(
                 (
                     a
-                    for a in value.appearances
+                    for a in reversed(value.appearances)
                     if last_change < a.time < needed[v] and is_entered(trace.calls[a.call].parent)
                 ),
                 None,
@@ -74,4 +75,18 @@ def values_to_send(
                     if u not in needed:
                         heapq.heappush(queue, -u)
                     needed[u] = min(needed.get(u, float("inf")), op.time)
+    if obstacle is None:
+        obstacle = _alias_that_changes(trace, appearances)
     return Crossing(appearances, obstacle)
+
+
+def _alias_that_changes(trace: Trace, appearances: Mapping[int, Appearance]) -> int | None:
+    """A value that shares its storage with another one that changes it when both have travelled, and share no more."""
+    by_storage: dict[int, list[int]] = {}
+    for v in appearances:
+        by_storage.setdefault(trace.values[v].storage, []).append(v)
+    for storage, aliases in by_storage.items():
+        first = min(appearances[v].time for v in aliases)
+        if len(aliases) > 1 and any(time > first for time in trace.changes.get(storage, ())):
+            return aliases[1]
+    return None

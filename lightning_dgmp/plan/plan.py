@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -35,7 +35,6 @@ class Transfer:
     event: Event
     leaf: int
     nbytes: int
-    requires_grad: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Plan:
         visible: The modules of which a call is seen from outside of any module that one stage runs as a whole.
         transfers: What travels in every step, in order.
         last_events: For each stage the last moment of the step that concerns it; ``None``: the step's end.
+        runs_on: The stages that run a step to its end, without computing, because it keeps something after their
+            last event.
         toggled: Attributes of modules, by path and name, that the step changes and changes back.
         stages: One summary a stage.
     """
@@ -72,6 +73,7 @@ class Plan:
         last_events: list[Event | None],
         stages: list[StageSummary],
         toggled: Sequence[tuple[str, str]] = (),
+        runs_on: Set[int] = frozenset(),
     ) -> None:
         self.num_stages = len(stages)
         self.modules = modules
@@ -79,6 +81,7 @@ class Plan:
         self.transfers = transfers
         self.last_events = last_events
         self.toggled = list(toggled)
+        self.runs_on = runs_on
         self.stages = stages
         self._parameters = parameters
 
@@ -101,7 +104,7 @@ class Plan:
     def digest(self) -> str:
         """A fingerprint, to check that all ranks made the same plan."""
         owners = sorted(self._parameters.items()), sorted(self.modules.items(), key=str)
-        content = repr((owners, sorted(self.visible), self.transfers, self.last_events))
+        content = repr((owners, sorted(self.visible), self.transfers, self.last_events, sorted(self.runs_on)))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def table(self) -> str:
@@ -257,6 +260,13 @@ def _lay_out(
     for transfer, time in zip(transfers, times):
         latest[transfer.source] = max(latest[transfer.source], (time, transfer.event), key=lambda x: x[0])
     last_events = [event for _, event in latest[:-1]] + [None]
+    entered = {-1} | {i for i in visible if modules[trace.calls[i].path] is None}
+    runs_on = {
+        k
+        for k, (end, _) in enumerate(latest[:-1])
+        for time, call, value in trace.touched
+        if time > end and call in entered and (value is None or value_stages[value] == k)
+    }
 
     summaries = []
     for k in range(num_stages):
@@ -272,7 +282,7 @@ def _lay_out(
             )
         )
     paths = {trace.calls[i].path for i in visible}
-    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled)
+    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on)
 
 
 def _module_stages(
@@ -331,7 +341,7 @@ def _transfers(
         for v, seen in appearances.items():
             call, value = trace.calls[seen.call], trace.values[v]
             event = Event(call.path, call.occurrence, seen.kind)
-            transfer = Transfer(value_stages[v], target, event, seen.leaf, value.nbytes, value.requires_grad)
+            transfer = Transfer(value_stages[v], target, event, seen.leaf, value.nbytes)
             found.append((seen.time, transfer))
     found.sort(key=lambda item: (item[0], item[1].target))
     return [transfer for _, transfer in found], [time for time, _ in found]

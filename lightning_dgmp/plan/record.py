@@ -87,6 +87,7 @@ class Trace:
         changes: When the content of a storage was changed in place.
         changed_frozen: The frozen parameters that the step changes in place.
         toggled: Attributes of modules, by path and name, that the step changes and changes back.
+        touched: When a value was hooked, or an attribute changed: the time, the call whose code did it, and the value.
     """
 
     parameters: dict[str, ParameterInfo]
@@ -99,3 +100,4 @@ class Trace:
     changes: dict[int, list[int]] = field(default_factory=dict)
     changed_frozen: set[str] = field(default_factory=set)
     toggled: list[tuple[str, str]] = field(default_factory=list)
+    touched: list[tuple[int, int, int | None]] = field(default_factory=list)

@@ -29,11 +29,14 @@ from lightning_dgmp.calls import (
     no_backward_hooks,
 )
 from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
-from lightning_dgmp.nests import leaves, tensors_in
+from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
 
 __all__ = ["trace_step"]
+
+_INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}
+_SIMPLE = (bool, int, float, str, type(None), Tensor, tuple)
 
 
 def trace_step(
@@ -75,7 +78,7 @@ def trace_step(
                     "A step may not call functions that `torch.jit.script` has compiled, because they need values that"
                     f" are not here. Use the Python functions that they were made from. ({error})"
                 ) from None
-            tracer.trace.toggled = tracer.toggles()
+            tracer.finish()
     return tracer.trace
 
 
@@ -96,7 +99,7 @@ class _Tracer(GhostMode):
         )
         self._name_of = {id(ghost): name for name, ghost in self.ghosts.items()}
         self._name_of_storage = {ghost.fake.untyped_storage()._cdata: name for name, ghost in self.ghosts.items()}
-        self._toggles = _Toggles(root)
+        self._root, self._toggles, self._kept = root, _Toggles(root), _Kept(root)
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
         # Also what metrics count in; all of it is put back after the trace.
@@ -104,6 +107,7 @@ class _Tracer(GhostMode):
         self.written_over = {id(tensor) for tensor in (*root.buffers(), *kept)}
         self._hooked = {module for module in root.modules() if has_backward_hooks(module)}
         self._open: list[int] = []
+        self._open_modules: list[nn.Module] = []
         self._occurrences: Counter[str] = Counter()
         self._time = self._functions_open = 0
         self._cost = _Cost()
@@ -118,6 +122,7 @@ class _Tracer(GhostMode):
     ) -> Any:
         trace, index = self.trace, len(self.trace.calls)
         self._toggles.look()
+        self._look_at_attributes()
         parent = self._open[-1] if self._open else -1
         trace.calls.append(Call(path, self._occurrences[path], parent, self._tick(), module in self._hooked))
         self._occurrences[path] += 1
@@ -125,8 +130,11 @@ class _Tracer(GhostMode):
         if isinstance(module, self.readers) and (read := tensors_in((args, kwargs), Ghost)):
             raise GhostRead(read[0], f"{type(module).__name__} `{path}`")
         self._open.append(index)
+        self._open_modules.append(module)
         out = call(*args, **kwargs)
+        self._look_at_attributes()
         self._open.pop()
+        self._open_modules.pop()
         trace.calls[index].end = self._tick()
         self._note(out, index, "out")
         return out
@@ -174,6 +182,8 @@ class _Tracer(GhostMode):
                     " that is kept elsewhere, as in a list: another stage may own it. Read it as an attribute of its"
                     " module."
                 )
+        if getattr(func, "__name__", "") == "register_hook" and isinstance(args[0], Ghost) and args[0].vid >= 0:
+            self.trace.touched.append((self._tick(), self._open[-1] if self._open else -1, args[0].vid))
         return super().call(func, args, kwargs)
 
     def around(self, func: Any) -> AbstractContextManager[Any]:
@@ -254,9 +264,16 @@ class _Tracer(GhostMode):
             if ghost.vid >= 0:
                 self.trace.wanted.setdefault(ghost.vid, self._tick())
 
-    def toggles(self) -> list[tuple[str, str]]:
-        """The attributes that the step has changed and changed back."""
-        return self._toggles.changed_back(self.trace.stopped is not None)
+    def finish(self) -> None:
+        """Note what the step has done to attributes."""
+        self._look_at_attributes()
+        self.trace.toggled = self._toggles.changed_back(self.trace.stopped is not None)
+
+    def _look_at_attributes(self) -> None:
+        """Note changes by the code that runs."""
+        for module in (self._root, *self._open_modules):
+            if self._kept.have_changed(module):
+                self.trace.touched.append((self._time + 1, self._open[-1] if self._open else -1, None))
 
     def stop(self, read: GhostRead) -> None:
         """End the trace at a read; what comes after it is the last stage's."""
@@ -266,6 +283,7 @@ class _Tracer(GhostMode):
         )
         self.trace.stopped = f"{read}{where}"
         self._open.clear()
+        self._open_modules.clear()
         self._checkpoints.forget()
         self._record("read", [read.ghost])
         self.want(*(g for ref in self._values if (g := ref()) is not None))  # what follows may use any of them
@@ -299,6 +317,24 @@ class _Toggles:
         if is_incomplete:
             return [key for key in self._seen if key[1] == "training"]
         return [key for key, (attributes, value) in self._seen.items() if attributes.get(key[1]) == value]
+
+
+class _Kept:
+    """The attributes of modules that a step sets anew; not what is in containers, which collect results."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._last: dict[int, dict[str, Any]] = {}
+        for module in root.modules():
+            self.have_changed(module)
+
+    def have_changed(self, module: nn.Module) -> bool:
+        """Whether those of ``module`` have changed since the last look."""
+        values = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+        last = self._last.get(id(module), {})
+        self._last[id(module)] = {k: marks(v) if isinstance(v, _SIMPLE) else v for k, v in values.items()}
+        return last.keys() != values.keys() or not all(
+            is_same(last[k], v) if isinstance(v, _SIMPLE) else last[k] is v for k, v in values.items()
+        )
 
 
 class _Checkpoints:

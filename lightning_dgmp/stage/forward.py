@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_dgmp.ghost import Ghost, GhostError, realised
 from lightning_dgmp.nests import leaves, tensors_in
 from lightning_dgmp.plan.plan import Event, Plan, Transfer
-from lightning_dgmp.stage.randomness import StepRandomness
+from lightning_dgmp.stage.randomness import StepRandomness, aligned
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.wiring import Wiring
 from lightning_dgmp.wire import Message
@@ -37,7 +37,10 @@ class InFlight:
 
 
 class StepDone(BaseException):
-    """This stage has nothing more to do in the step: unwinds the user's frames."""
+    """This stage has nothing more to do in the step: unwinds the user's frames.
+
+    Raised at the next module call, so that what the step does with a result of this stage, such as to keep it, is done.
+    """
 
 
 class Forward:
@@ -68,15 +71,22 @@ class Forward:
         self.stage, self.plan, self.wiring, self.skips = stage, plan, wiring, skips
         self.randomness, self.receive, self.record, self.keeps_inputs = randomness, receive, record, keeps_inputs
         self.occurrences: Counter[str] = Counter()
-        self.inside = False
+        self.inside = self.done = False
 
     def on_call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inside:  # of a module that is run, or skipped, as a whole
             return call(*args, **kwargs)
+        if self.done and self.stage not in self.plan.runs_on:
+            raise StepDone
+        with aligned(self.randomness.device):
+            return self._call(call, path, args, kwargs)
+
+    def _call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         occurrence = self.occurrences[path]
         self.occurrences[path] += 1
-        self.randomness.align()
         self.at(Event(path, occurrence, "arg"), (args, kwargs))
+        if self.done and self.stage not in self.plan.runs_on:
+            raise StepDone
         owner = self.plan.modules.get(path)
         if owner is None or owner == self.stage:
             realise = realised if owner == self.stage else self.skips.realised  # what is of the batch may wait
@@ -84,12 +94,12 @@ class Forward:
         if owner is None:
             out = call(*args, **kwargs)
         elif owner == self.stage:
-            with self.as_a_whole(), self.randomness.modules():
+            with self.as_a_whole():
                 out = call(*args, **kwargs)
             self.check(path, out)
         else:
             with self.as_a_whole():
-                out = self.skips.outputs(call, path, f"`{path}` of stage {owner}", args, kwargs)
+                out = self.skips.outputs(call, path, owner, args, kwargs)
         self.at(Event(path, occurrence, "out"), out)
         return out
 
@@ -107,7 +117,7 @@ class Forward:
             self.inside = False
 
     def at(self, event: Event, nest: Any) -> None:
-        """Bind what arrives at this event, keep what is to be sent, and end the step if nothing is left to do."""
+        """Bind what arrives at this event, and keep what is to be sent."""
         wires = self.wiring.events.get(event)
         if wires is not None:
             items = leaves(nest)
@@ -126,8 +136,7 @@ class Forward:
                     )
                 with torch.enable_grad():  # a copy, since user code may change the original in place
                     self.record.exits[transfer.target, slot] = item.clone()
-        if event == self.wiring.last_event:
-            raise StepDone
+        self.done |= event == self.wiring.last_event
 
     def value(self, slot: int, transfer: Transfer) -> Tensor:
         message = self.message(transfer.source)

@@ -1,10 +1,11 @@
-"""Random numbers: what the batch alone determines is equal on all stages, what a stage's modules draw is its own.
+"""Random numbers: what the batch alone determines is equal on all stages.
 
-In every step, and again at every module call that all stages see, the stages of a replica start from the same seed, so
-that masks, noise and timesteps drawn in ``training_step`` agree. (A random operation on a ghost, such as dropout as a
-function outside of any module, draws nothing on the stages that do not own the value; what they draw after it agrees
-again from the next call on.) A stage's own modules draw from a second state, so that the first stays common. Outside of
-steps nothing changes.
+In every step, and again before and after every module call that all stages see, the stages of a replica start from the
+same seed, so that masks, noise and timesteps agree, whether ``training_step`` draws them or a module. (A random
+operation on a ghost, such as dropout, draws nothing on the stages that do not own the value; what they draw after it
+agrees again from the next call on.) Each seed follows from the one before, which a generator remembers: so activation
+checkpointing, which puts a generator back to where it was before a call, draws in its second run what it drew in its
+first. Outside of steps nothing changes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-__all__ = ["OwnRandomness", "RandomState", "StepRandomness", "mix_seed", "seed_all"]
+__all__ = ["OwnRandomness", "RandomState", "StepRandomness", "aligned", "mix_seed", "seed_all"]
 
 
 _HOST = torch.device("cpu")
@@ -92,59 +93,37 @@ def _numpy_drawing_from(generator: Any) -> Iterator[None]:
 
 
 class StepRandomness:
-    """The two random states of one step on one stage.
+    """The random state of one step on one stage.
 
     Args:
         seed: Equal on all stages of a replica.
         batch: Number of the batch; the same batch draws the same again when its forward is rebuilt.
-        stage: Whose modules these are.
-        device: Where they run.
+        device: Where the stage's modules run.
     """
 
-    def __init__(self, seed: int, batch: int, stage: int, device: torch.device) -> None:
-        self.device = device
-        self._common, self._own = mix_seed(seed, batch, 0), mix_seed(seed, batch, stage + 1)
-        self._num_calls = 0
-        self._own_state: torch.Tensor | None = None
-        self._own_device_state: torch.Tensor | None = None
+    def __init__(self, seed: int, batch: int, device: torch.device) -> None:
+        self.device, self._seed = device, mix_seed(seed, batch, 0)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around the user's step."""
         on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         with _numpy_drawing_from(_STEP_GENERATOR), _put_back():
-            seed_all(self._common, self.device)
+            seed_all(self._seed, self.device)
             try:
                 yield
             finally:
                 if on_device is not None:
                     torch.cuda.set_rng_state(on_device, self.device)
 
-    def align(self) -> None:
-        """Begin anew in a state that is common to all stages."""
-        self._num_calls += 1
-        _seed_torch(mix_seed(self._common, self._num_calls, 0), self.device)
 
-    @contextmanager
-    def modules(self) -> Iterator[None]:
-        """Around a call of the stage's own modules. Only torch's generators matter there."""
-        cuda = self.device.type == "cuda"
-        common = torch.get_rng_state()
-        common_device = torch.cuda.get_rng_state(self.device) if cuda else None
-        if self._own_state is None:
-            _seed_torch(self._own, self.device)
-        else:
-            torch.set_rng_state(self._own_state)
-            if self._own_device_state is not None:
-                torch.cuda.set_rng_state(self._own_device_state, self.device)
-        try:
-            yield
-        finally:
-            self._own_state = torch.get_rng_state()
-            torch.set_rng_state(common)
-            if common_device is not None:
-                self._own_device_state = torch.cuda.get_rng_state(self.device)
-                torch.cuda.set_rng_state(common_device, self.device)
+@contextmanager
+def aligned(device: torch.device) -> Iterator[None]:
+    """Around a module call: begin it, and go on after it, in a state that is common to all stages."""
+    seed = mix_seed(torch.default_generator.initial_seed(), 0, 0)
+    _seed_torch(seed, device)
+    yield
+    _seed_torch(mix_seed(seed, 0, 1), device)
 
 
 def seed_all(seed: int, device: torch.device) -> None:

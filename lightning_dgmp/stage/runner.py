@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from lightning_dgmp.nests import map_tensors, tensors_in
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.plan.restore import attributes_of_now
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
-from lightning_dgmp.stage.randomness import StepRandomness
+from lightning_dgmp.stage.randomness import StepRandomness, aligned
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
@@ -78,8 +78,9 @@ class StageRunner:
         #: What stands for the loss on a stage that does not have it.
         self.absent_loss = ghosts.like(torch.zeros(()), _OF_THE_LAST, False, device)
         self._others = {
-            name: ghosts.like(p, f"the parameter `{name}` of stage {plan.stage_of(name)[0]}", False, device)
+            name: ghosts.like(p, f"the parameter `{name}` of stage {owner}", False, device, owner)
             for name, p in slots.parameters.items()
+            for owner in plan.stage_of(name)
             if name not in self.own
         }
         self._wiring = Wiring(plan, stage)
@@ -90,6 +91,7 @@ class StageRunner:
         self._shared_buffers: list[dict[str, Any]] = [entries for owner, entries in owners if owner is None]
         self._toggled = [(root.get_submodule(path).__dict__, name) for path, name in plan.toggled]
         self._forward: Forward | None = None
+        self._is_backward = False
 
     # ----- the two halves of an iteration
 
@@ -118,8 +120,7 @@ class StageRunner:
         else:
             self.granted = Wish(next(iter(record.received.values())).wishes)
         self.ending |= self.granted & (Wish.END | Wish.TERMINATE)
-        # Without a graph yet, what the first batch showed must do.
-        self._send_exits(record, self._wiring.differentiable if graph_later else None)
+        self._send_exits(record, has_graph=not graph_later)
         if graph_later:
             record.exits.clear()
         else:
@@ -150,13 +151,15 @@ class StageRunner:
         """Let ``wish`` be granted on all stages after the same batch, soon."""
         self._wishes |= wish
 
-    def _send_exits(self, record: InFlight, differentiable: Mapping[int, Sequence[bool]] | None = None) -> None:
+    def _send_exits(self, record: InFlight, has_graph: bool = True) -> None:
+        """Send what others need; without a graph yet, errors are wanted for all that can have one."""
         for target, count in self._wiring.targets.items():
             sent = [record.exits.get((target, slot)) for slot in range(count)]
             tensors = [None if t is None else t.detach() for t in sent]
-            wants = (
-                [t is not None and t.requires_grad for t in sent] if differentiable is None else differentiable[target]
-            )
+            wants = [
+                t is not None and (t.requires_grad if has_graph else t.is_floating_point() or t.is_complex())
+                for t in sent
+            ]
             message = Message(record.batch, self.granted, tensors, differentiable=wants)
             self.transport.send(ACTIVATIONS, target, message)
 
@@ -181,10 +184,11 @@ class StageRunner:
             if self.delay > 0:
                 # Code that runs modules again in the backward, as activation checkpointing does, must see old weights.
                 stack.enter_context(self.slots.holding(record.parameters))
-            if self.is_last:
-                of_loss()
-            else:
-                self._backward_from_errors(record)
+            self._is_backward = True
+            try:
+                of_loss() if self.is_last else self._backward_from_errors(record)
+            finally:
+                self._is_backward = False
         for source, count in self._wiring.sources.items():
             errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
             wishes = Wish(0)
@@ -239,6 +243,13 @@ class StageRunner:
         """Handle the call of a module; see :data:`lightning_dgmp.calls.CallHandler`."""
         if self._forward is not None:
             return self._forward.on_call(call, path, args, kwargs)
+        if self._is_backward:  # activation checkpointing runs it again
+            self._is_backward = self.plan.modules.get(path) is None  # then calls inside are seen too
+            try:
+                with aligned(self.device):
+                    return call(*args, **kwargs)
+            finally:
+                self._is_backward = True
         if self.whole or not any(self.slots.names.get(p) in self._others for p in module.parameters()):
             return call(*args, **kwargs)
         raise GhostError(
@@ -251,7 +262,7 @@ class StageRunner:
         return apply(*args, **kwargs) if self._forward is None else self._forward.on_function(apply, args, kwargs)
 
     def _forward_of(self, record: InFlight, keeps_inputs: bool) -> Forward:
-        randomness = StepRandomness(self.seed, record.batch, self.stage, self.device)
+        randomness = StepRandomness(self.seed, record.batch, self.device)
         receive = partial(self.transport.receive, ACTIVATIONS, batch=record.batch)
         return Forward(self.stage, self.plan, self._wiring, self._skips, randomness, receive, record, keeps_inputs)
 
@@ -268,7 +279,11 @@ class StageRunner:
             result = None
             for attributes, name, value in toggled:  # as the rest of the step would have done
                 attributes[name] = value
-        except GhostRead as read:
+        except (GhostError, GhostRead) as read:
+            if forward.done or (isinstance(read, GhostRead) and read.ghost.stage > self.stage):
+                return None  # the rest is of later stages
+            if isinstance(read, GhostError):
+                raise
             raise GhostError(
                 f"User code on stage {self.stage} of {self.plan.num_stages} needs a value that is not here: {read}."
                 " Code in a step may read values only behind the network; move it there, or set `split_at` so that the"

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections import deque
+from collections.abc import Callable, Container, Iterator, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_dgmp.calls import no_backward_hooks
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, looks_of
-from lightning_dgmp.nests import leaves, map_leaves, map_tensors
-from lightning_dgmp.plan.restore import attributes_saved
+from lightning_dgmp.nests import is_same, leaves, map_leaves, marks, replace_leaves, tensors_in
+from lightning_dgmp.plan.restore import attributes_saved, is_object_of_user
 
-__all__ = ["Skips"]
+__all__ = ["Skips", "remove_ghosts"]
 
 _MAX_TEMPLATES = 10_000
+_INTERNAL = vars(nn.Module()).keys()
 
 
 class Skips:
     """Skips calls. A module runs on ghosts once for each kind of input, which is how its outputs are known.
+
+    A module that leaves something behind that does not come from ghosts, in its attributes or in its arguments, runs
+    on ghosts each time, so that all stages find it.
 
     Args:
         root: The module whose submodules are skipped.
@@ -31,41 +38,128 @@ class Skips:
         self._templates: dict[Any, _Template] = {}
 
     def outputs(
-        self, call: Callable[..., Any], path: str, origin: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: Callable[..., Any], path: str, stage: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What ``call(*args, **kwargs)`` would return, with ghosts made by ``origin`` for its tensors."""
-        inputs = leaves((args, kwargs))
-        # What has arrived here for other ends must neither be waited for nor be changed.
-        args, kwargs = map_tensors(self._unbound, args), map_tensors(self._unbound, kwargs)
+        """What ``call(*args, **kwargs)`` of a module of ``stage`` would return, with ghosts for its tensors."""
+        origin = f"`{path}` of stage {stage}"
         key = (path, torch.is_grad_enabled(), looks_of((args, kwargs)))
+        inputs = leaves((args, kwargs))
         template = self._templates.get(key)
-        if template is None:
-            self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
-            self._mode.draws_noise = False  # what happens inside of the module is its owner's
-            module = self._root.get_submodule(path)
-            restore = attributes_saved(module)  # they are the owner's to change
-            try:
-                with no_backward_hooks(module):
-                    out = call(*args, **kwargs)
-                template = _Template(out, leaves((args, kwargs)))
-            finally:
-                restore()
-                self._mode.written_over, self._mode.draws_noise = set(), True
-            if any(child._forward_hooks for child in module.modules()):  # which may keep what they see
-                return out
-            if template.reusable:
-                if len(self._templates) >= _MAX_TEMPLATES:  # as when every batch has another length
-                    self._templates.clear()
-                self._templates[key] = template
-        return template.fill(inputs, self._mode, origin)
+        if template is not None:
+            return template.fill(inputs, self._mode, origin, stage)
+
+        # What has arrived here for other ends must neither be waited for nor be changed.
+        isolation = _Isolation(self._mode)
+        args, kwargs = isolation.copy(args), isolation.copy(kwargs)
+        stand_ins, tensors = leaves((args, kwargs)), marks([t for t in inputs if isinstance(t, Tensor)])
+        module = self._root.get_submodule(path)
+        restore, before = attributes_saved(module), _real_attributes(module)
+        self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
+        self._mode.draws_noise = self._mode.has_read_mask = False  # what happens inside of the module is its owner's
+        try:
+            with no_backward_hooks(module):
+                out = call(*args, **kwargs)
+            kept = {
+                key: _copied(value)
+                for key, (value, _) in _real_attributes(module).items()
+                if key not in before or not is_same(before[key][1], value)
+            }
+            ghosts = _ghosts_without_a_predecessor(module, before)
+        finally:
+            restore()  # ghosts, and the statistics that the owner counts
+            self._mode.written_over, self._mode.draws_noise = set(), True
+        _keep(module, kept | ghosts)
+        has_hooks = any(child._forward_hooks for child in module.modules())  # which may keep what they see
+        is_changed = isolation.write_back() or not is_same(tensors, [t for t in inputs if isinstance(t, Tensor)])
+        if has_hooks or is_changed or kept or self._mode.has_read_mask or isolation.returns_container(out):
+            return isolation.original(out)
+        template = _Template(out, stand_ins)
+        if template.reusable:
+            if len(self._templates) >= _MAX_TEMPLATES:  # as when every batch has another length
+                self._templates.clear()
+            self._templates[key] = template
+        return template.fill(inputs, self._mode, origin, stage)
 
     def realised(self, nest: Any) -> Any:
         """``nest`` with the values of those ghosts that stand for work of other stages."""
         mine = lambda t: isinstance(t, Ghost) and t.bound and t.family is self._mode  # noqa: E731
-        return map_tensors(lambda t: t.received() if mine(t) else t, nest)
+        return replace_leaves(lambda t: t.received() if mine(t) else t, nest)
 
-    def _unbound(self, tensor: Tensor) -> Tensor:
-        return self._mode.again(tensor, tensor.origin) if isinstance(tensor, Ghost) and tensor.bound else tensor
+
+class _Isolation:
+    """Copies of the containers of a call, with unbound ghosts in the place of bound ones, and the way back."""
+
+    def __init__(self, mode: GhostMode) -> None:
+        self._mode = mode
+        self._containers: list[tuple[Any, Any]] = []
+        self._originals: dict[int, Any] = {}
+        self._alive: list[Any] = []
+
+    def copy(self, nest: Any) -> Any:
+        if isinstance(nest, (list, deque, MutableMapping)):
+            copied = copy.copy(nest)
+            for key, value in list(nest.items() if isinstance(nest, MutableMapping) else enumerate(nest)):
+                copied[key] = self.copy(value)
+            self._containers.append((nest, copied))
+            self._originals[id(copied)] = nest
+            return copied
+        if isinstance(nest, tuple):
+            items = [self.copy(item) for item in nest]
+            return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
+        return map_leaves(self._unbound, nest)
+
+    def _unbound(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Ghost) or not leaf.bound:
+            return leaf
+        stand_in = self._mode.again(leaf, leaf.origin, leaf.stage)
+        self._alive.append(stand_in)
+        self._originals[id(stand_in)] = leaf
+        return stand_in
+
+    def original(self, nest: Any) -> Any:
+        """``nest`` with the original containers and tensors in the place of their copies."""
+        if id(nest) in self._originals:
+            return self._originals[id(nest)]
+        if isinstance(nest, tuple):
+            items = [self.original(item) for item in nest]
+            return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
+        if isinstance(nest, (list, deque, MutableMapping)):
+            for key, value in list(nest.items() if isinstance(nest, MutableMapping) else enumerate(nest)):
+                nest[key] = self.original(value)
+            return nest
+        return map_leaves(lambda leaf: self._originals.get(id(leaf), leaf), nest)
+
+    def returns_container(self, out: Any) -> bool:
+        """Whether ``out`` is, or holds at its top, a container that was passed in."""
+        return any(
+            id(item) in self._originals
+            for item in (out, *(out if isinstance(out, tuple) else ()))
+            if isinstance(item, (list, deque, MutableMapping))
+        )
+
+    def write_back(self) -> bool:
+        """Make the changes to the copies in the originals too.
+
+        Returns:
+            Whether there are any.
+        """
+        is_changed = False
+        for container, copied in self._containers:
+            if isinstance(container, MutableMapping):
+                content = {key: self.original(value) for key, value in copied.items()}
+                if content.keys() != container.keys() or any(content[key] is not container[key] for key in content):
+                    for key in set(container) - set(content):
+                        del container[key]
+                    for key, value in content.items():
+                        container[key] = value
+                    is_changed = True
+            else:
+                items = [self.original(item) for item in copied]
+                if len(items) != len(container) or any(a is not b for a, b in zip(items, container)):
+                    container.clear()
+                    container.extend(items)
+                    is_changed = True
+        return is_changed
 
 
 class _Template:
@@ -84,13 +178,70 @@ class _Template:
             if source is None and not isinstance(leaf, (Ghost, *PLAIN)):
                 self.reusable = False  # depends on the values of this batch, or has a state of its own
 
-    def fill(self, inputs: list[Any], mode: GhostMode, origin: str) -> Any:
+    def fill(self, inputs: list[Any], mode: GhostMode, origin: str, stage: int) -> Any:
         sources: Iterator[int | None] = iter(self.sources)
+        fresh: dict[int, Ghost] = {}  # one for each, also if it is returned in several places
 
         def one(leaf: Any) -> Any:
             source = next(sources)
             if source is not None:
                 return inputs[source]
-            return mode.again(leaf, origin) if isinstance(leaf, Ghost) else leaf
+            if not isinstance(leaf, Ghost):
+                return leaf
+            if id(leaf) not in fresh:
+                fresh[id(leaf)] = mode.again(leaf, origin, stage)
+            return fresh[id(leaf)]
 
         return map_leaves(one, self.out)
+
+
+def _real_attributes(module: nn.Module) -> dict[tuple[str, str], tuple[Any, list[Any]]]:
+    """The attributes and buffers without ghosts, apart from running statistics, by path and name, with their marks."""
+    found = {}
+    for path, child in module.named_modules():
+        items = [(name, value) for name, value in vars(child).items() if name not in _INTERNAL]
+        if not isinstance(child, _NormBase):
+            items += child._buffers.items()
+        for name, value in items:
+            content = vars(value) if is_object_of_user(value) else value
+            try:
+                if not tensors_in(content, Ghost):
+                    found[path, name] = content, marks(content)
+            except RecursionError:  # a nest that contains itself
+                continue
+    return found
+
+
+def _ghosts_without_a_predecessor(module: nn.Module, before: Container[tuple[str, str]]) -> dict[tuple[str, str], Any]:
+    """New attributes with ghosts: who reads them is told whose they are, and not that there are none."""
+    return {
+        (path, name): value
+        for path, child in module.named_modules()
+        for name, value in vars(child).items()
+        if name not in _INTERNAL and (path, name) not in before and isinstance(value, Ghost)
+    }
+
+
+def remove_ghosts(root: nn.Module) -> None:
+    """Take out of the attributes of ``root`` and its modules what stands for work of other stages."""
+    for module in root.modules():
+        for name in [name for name, value in vars(module).items() if isinstance(value, Ghost) and not value.bound]:
+            del module.__dict__[name]
+
+
+def _copied(value: Any) -> Any:
+    return map_leaves(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _keep(module: nn.Module, kept: dict[tuple[str, str], Any]) -> None:
+    for (path, name), value in kept.items():
+        child = module.get_submodule(path)
+        buffer = child._buffers.get(name)
+        if buffer is not None and isinstance(value, Tensor) and buffer.shape == value.shape:
+            buffer.data.copy_(value)
+        elif name in child._buffers:
+            child._buffers[name] = value
+        elif is_object_of_user(child.__dict__.get(name)):
+            vars(child.__dict__[name]).update(value)
+        else:
+            child.__dict__[name] = value

@@ -15,10 +15,10 @@ def take_snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
     A graph built on the copies keeps today's values whatever the optimizer does to the parameters, and its backward
     still accumulates into them, through their own ``AccumulateGrad`` nodes, so hooks on those fire. Frozen parameters
-    do not change and are not copied.
+    are not copied: one that is unfrozen later changes when this version of it is not needed any more.
     """
     with torch.enable_grad():
-        return {name: p.clone() if p.requires_grad else p for name, p in parameters.items()}
+        return {name: p.clone() if p.requires_grad else p.detach() for name, p in parameters.items()}
 
 
 def drop_storage(parameter: nn.Parameter) -> None:

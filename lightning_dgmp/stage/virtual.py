@@ -51,9 +51,16 @@ class GradientQueues:
             waiting.append([p.grad for p in parameters])
         self._take(self._delays)
 
-    def drain(self) -> None:
-        """Let the oldest waiting gradients, or none, be ``.grad``: one iteration of the flush."""
+    def drain(self, is_open: bool) -> None:
+        """Let the oldest waiting gradients, or none, be ``.grad``: one iteration of the flush.
+
+        Args:
+            is_open: Whether the present gradients wait for a step; if not, a stage where nothing waits rests.
+        """
         self.set_aside()
+        if not is_open:
+            resting = [p for ps, waiting in zip(self._stages, self._waiting) if not waiting for p in ps]
+            self._kept = {p: grad for p, grad in self._kept.items() if p not in set(resting)}
         self._take([0] * len(self._delays))
 
     def _take(self, stay: Sequence[int]) -> None:

@@ -14,7 +14,6 @@ class Wiring:
         events: The transfers at each event, with their slots: the place in the message between two stages.
         sources: How many values come from each earlier stage.
         targets: How many values go to each later stage.
-        differentiable: For each later stage, which of the values had a gradient when the plan was made.
         last_event: After this the stage has nothing more to do in the step; ``None``: it runs to the end.
     """
 
@@ -22,7 +21,6 @@ class Wiring:
         self.events: dict[Event, list[tuple[int, Transfer]]] = {}
         self.sources = {a: 0 for a, b in plan.edges() if b == stage}
         self.targets = {b: 0 for a, b in plan.edges() if a == stage}
-        self.differentiable: dict[int, list[bool]] = {target: [] for target in self.targets}
         self.last_event = plan.last_events[stage]
         for transfer in plan.transfers:
             if stage == transfer.source:
@@ -33,5 +31,3 @@ class Wiring:
                 continue
             self.events.setdefault(transfer.event, []).append((counts[peer], transfer))
             counts[peer] += 1
-            if stage == transfer.source:
-                self.differentiable[peer].append(transfer.requires_grad)

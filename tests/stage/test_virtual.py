@@ -36,6 +36,6 @@ def test_queues_follow_the_schedule(num_stages: int, num_batches: int) -> None:
     while queues.num_waiting:
         for p in parameters:
             p.grad = None
-        queues.drain()
+        queues.drain(is_open=False)
         note()
     assert seen == [list(range(num_batches))] * num_stages
