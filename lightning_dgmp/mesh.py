@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_dgmp.host import DDPStrategy, Trainer, default_pg_timeout, rank_zero_warn
 from lightning_dgmp.plan.restore import is_of_user
+from lightning_dgmp.replicas import Replicas
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.support import check_devices
 from lightning_dgmp.transport import Transport
@@ -50,6 +51,7 @@ class MeshStrategy(DDPStrategy):
         self._device_mesh: DeviceMesh | None = None
         self._world: World | None = None
         self._transport: Transport | None = None
+        self._replicas: Replicas | None = None
         self._has_warned = False
         self._answer: tuple[Callable[[Any], Any], bool] | None = None
 
@@ -127,6 +129,8 @@ class MeshStrategy(DDPStrategy):
             over_nccl = self._get_process_group_backend() == "nccl"
             if self._world is None:
                 self._world = World(self.cluster_environment.main_address, timeout)
+            if self._replicas is None:
+                self._replicas = Replicas(self.device_mesh.get_group("replica"))
             self._transport = Transport(self.stage, self._stage_ranks, self.root_device, timeout, over_nccl)
 
     @override
@@ -150,7 +154,18 @@ class MeshStrategy(DDPStrategy):
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+        if self._replicas is not None:
+            self._replicas.close()
+            self._replicas = None
         super().teardown()
+
+    def step_among_replicas(self) -> AbstractContextManager[None]:
+        """Around a step: collectives without a group concern the replicas."""
+        return nullcontext() if self._replicas is None else self._replicas.step()
+
+    @property
+    def _in_step(self) -> bool:
+        return self._replicas is not None and self._replicas.in_step
 
     # ----- collectives: replicas average and gather, the world waits and decides
 
@@ -164,7 +179,7 @@ class MeshStrategy(DDPStrategy):
 
     @override
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if self._world is None:
+        if self._world is None or self._in_step:
             return super().barrier(name, *args, **kwargs)
         self._world.all_gather(None, f"the barrier {name!r}" if name else "a barrier")
 
@@ -174,6 +189,10 @@ class MeshStrategy(DDPStrategy):
             answer, once = self._answer
             self._answer = None if once else self._answer
             return answer(obj)
+        if self._in_step:
+            items = [obj]
+            dist.broadcast_object_list(items, group=self._replica_group(None), group_src=src)
+            return items[0]
         if self._world is None:
             return super().broadcast(obj, src)
         return self._world.all_gather(obj if self.global_rank == src else None, f"a broadcast of rank {src}")[src]
@@ -189,6 +208,10 @@ class MeshStrategy(DDPStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self._in_step:
+            votes = [decision] * self.data_parallel_size
+            dist.all_gather_object(votes, decision, group=self._replica_group(None))
+            return min(votes) if all else max(votes)
         if self._world is None:
             return super().reduce_boolean_decision(decision, all)
         votes = self._world.all_gather(bool(decision), "a decision")

@@ -6,21 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-from torchmetrics import Metric
-
 from lightning_dgmp.ghost import Ghost
 from lightning_dgmp.host import DummyLogger, LightningModule, rank_zero_warn
 from lightning_dgmp.nests import tensors_in
 
-__all__ = ["confine_metrics", "logging_nothing", "logging_what_is_here"]
-
-
-def confine_metrics(module: nn.Module, group: Any) -> None:
-    """Let the metrics of ``module`` ask the processes of ``group`` alone, those that see different data."""
-    for child in module.modules():
-        if isinstance(child, Metric) and child.process_group is None:
-            child.process_group = group
+__all__ = ["logging_nothing", "logging_what_is_here"]
 
 
 @contextmanager

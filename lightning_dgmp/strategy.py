@@ -37,7 +37,7 @@ from lightning_dgmp.host import (
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import clock_at, install_loops
 from lightning_dgmp.mesh import MeshStrategy
-from lightning_dgmp.metrics import confine_metrics, logging_nothing, logging_what_is_here
+from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
 from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
@@ -148,11 +148,9 @@ class DelayedMPStrategy(MeshStrategy):
             self._share_randomness()
             install_loops(trainer)
             self.learned = Learned(self.lightning_module, self.share_of_last_stage)
-            if self._is_pipeline:
-                if trainer.state.fn == TrainerFn.FITTING:
-                    self._undo_callbacks = adapt_callbacks(trainer, self)
-                    self.signals = Signals(trainer, self)
-                confine_metrics(self.lightning_module, self.device_mesh.get_group("replica"))
+            if self._is_pipeline and trainer.state.fn == TrainerFn.FITTING:
+                self._undo_callbacks = adapt_callbacks(trainer, self)
+                self.signals = Signals(trainer, self)
         super().setup(trainer)
 
     @override
@@ -240,7 +238,8 @@ class DelayedMPStrategy(MeshStrategy):
         args = (batch, batch_idx) if takes_index else (batch,)
 
         def step(want: Callable[..., None]) -> Any:
-            with self.precision_plugin.train_step_context(), logging_nothing(module, want, with_loggers=True):
+            logging = logging_nothing(module, want, with_loggers=True)
+            with self.step_among_replicas(), self.precision_plugin.train_step_context(), logging:
                 return module.training_step(*map_leaves(_copy_tensor, args))
 
         with torch.enable_grad():
@@ -273,7 +272,12 @@ class DelayedMPStrategy(MeshStrategy):
         def step() -> Any:
             again = runner.num_forwards > number
             logging = logging_nothing(module) if again else logging_what_is_here(module, runner.is_last)
-            with self.precision_plugin.train_step_context(), logging, clock_at(module.trainer, *moment):
+            with (
+                self.step_among_replicas(),
+                self.precision_plugin.train_step_context(),
+                logging,
+                clock_at(module.trainer, *moment),
+            ):
                 return module.training_step(*fresh(args), **fresh(kwargs))
 
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
@@ -413,7 +417,7 @@ class DelayedMPStrategy(MeshStrategy):
         assert module is not None
 
         def step() -> Any:
-            with context():
+            with self.step_among_replicas(), context():
                 return getattr(module, name)(*map_leaves(_copy_tensor, args), **kwargs)
 
         if self._world is None or self._transport is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 
 import torch
+import torch.distributed.distributed_c10d as c10d
+import torchmetrics.metric
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -68,3 +70,12 @@ def test_the_trainer_has_what_is_set() -> None:
     assert trainer._signal_connector.received_sigterm is False
     assert trainer._accelerator_connector.use_distributed_sampler is True
     assert "strategy.on_exception" in inspect.getsource(_interrupt)
+
+
+def test_collectives_look_up_the_default_group() -> None:
+    assert "_get_default_group()" in inspect.getsource(c10d.all_reduce)
+    assert "_get_default_group()" in inspect.getsource(c10d.get_world_size) + inspect.getsource(c10d._get_group_size)
+
+
+def test_metrics_look_up_how_to_gather() -> None:
+    assert "dist_sync_fn = gather_all_tensors" in inspect.getsource(torchmetrics.metric.Metric.sync)
