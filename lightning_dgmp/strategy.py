@@ -125,6 +125,12 @@ class DelayedMPStrategy(MeshStrategy):
         """Whether stage 0 loads for the others."""
         return self._feed is not None
 
+    @contextmanager
+    def keeping_loading(self) -> Iterator[None]:
+        """Let the data that are loaded meanwhile draw nothing from the random numbers of those loaded later."""
+        with self._loading.kept():
+            yield
+
     @property
     def has_begun(self) -> bool:
         """Whether the plan of this fit is made."""
@@ -149,9 +155,10 @@ class DelayedMPStrategy(MeshStrategy):
             install_loops(trainer)
             self.learned = Learned(self.lightning_module, self.share_of_last_stage)
             if self._is_pipeline:
-                if trainer.state.fn == TrainerFn.FITTING:
-                    self._undo_callbacks = adapt_callbacks(trainer, self)
-                    self.signals = Signals(trainer, self)
+                assert self._world is not None
+                assert self._feed is not None
+                self._undo_callbacks = adapt_callbacks(trainer, self)
+                self.signals = Signals(trainer, self, self._feed, self._world.flag())
                 confine_metrics(self.lightning_module, self.device_mesh.get_group("replica"))
         super().setup(trainer)
 

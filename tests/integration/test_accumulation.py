@@ -68,7 +68,6 @@ def test_an_accumulation_scheduler(pool: WorkerPool) -> None:
 
 def test_resuming_goes_on(pool: WorkerPool, tmp_path: Path) -> None:
     """Also where an epoch does not end with an update's last batch; the numbers of batches and steps differ."""
-
     args: dict[str, Any] = {"accumulate_grad_batches": 4, "limit_train_batches": 10, "enable_checkpointing": True}
     strategy = {"num_stages": 3}
     whole = pool.run(

@@ -38,6 +38,22 @@ def test_all_stages_stop_after_the_same_batch(pool: WorkerPool, num_stages: int)
     assert 10 <= steps.pop() <= 10 + 2 * num_stages
 
 
+class StopsOnOneRank(Callback):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.global_rank == self.rank:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_stops_all_at_the_end_of_an_epoch(pool: WorkerPool, rank: int) -> None:
+    args: dict[str, Any] = {"max_epochs": 5, "limit_train_batches": 6, "callbacks": [StopsOnOneRank(rank)]}
+    outcomes = pool.run(fit, 2, models.MLP, models.vectors, {"num_stages": 2}, 2, timeout=30, **args)
+    assert [outcome.global_step for outcome in outcomes] == [12, 12]
+
+
 def fit_with_early_stopping(strategy: Any, devices: int) -> Any:
     callback = EarlyStopping("val_loss", patience=0, min_delta=10.0)  # nothing is ever better by so much
     args: dict[str, Any] = {"callbacks": [callback], "val_check_interval": 8, "make_val_loader": models.vectors}
@@ -147,6 +163,13 @@ def test_shuffling_without_a_seed_agrees_on_all_stages(pool: WorkerPool) -> None
     args = {"max_epochs": 2}
     expected = pool.run(fit, 1, models.MLP, shuffled_vectors, {"num_stages": 2, "virtual": True}, 1, **args)[0]
     assert_equal(pool.run(fit, 2, models.MLP, shuffled_vectors, {"num_stages": 2}, 2, **args)[0], expected, 1e-6)
+
+
+def test_a_sanity_check_does_not_change_the_shuffling(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"max_epochs": 2, "make_val_loader": shuffled_vectors, "limit_val_batches": 2}
+    what = models.ValidatedMLP, shuffled_vectors
+    expected = pool.run(fit, 1, *what, {"num_stages": 2, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 2, *what, {"num_stages": 2}, 2, **args)[0], expected, 1e-6)
 
 
 def test_noise_drawn_in_the_step_agrees_on_all_stages(pool: WorkerPool) -> None:
