@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_dgmp.host import MisconfigurationException, sized_len
-from lightning_dgmp.nests import join, split
+from lightning_dgmp.nests import join, leaves, split
 from lightning_dgmp.transport import DATA, REQUESTS, Transport
 from lightning_dgmp.wire import Message, Wish
 from lightning_dgmp.withheld import Lender, StandIns
@@ -98,7 +98,7 @@ class Feed:
             form, tensors = split(batch)
             self.ends = self.ends or self._is_end_due()
             copies = [t.detach().cpu().clone() for t in tensors]  # the step may change them
-            self._send(copies, pickle.dumps(form), key)
+            self._send(copies, _pickled(form), key)
             yield batch
         self._send([], b"", key)
 
@@ -123,6 +123,26 @@ class Feed:
             self._lender.release(stage, request.batch)
             return None
         return Message(request.batch, 0, [self._lender.lend(stage, request.batch, *pickle.loads(request.extra))])
+
+
+def _pickled(form: Any) -> bytes:
+    try:
+        return pickle.dumps(form)
+    except Exception as error:
+        culprit = next((leaf for leaf in leaves(form) if not _can_be_pickled(leaf)), form)
+        raise TypeError(
+            "A batch must hold tensors and what can be pickled, because stage 0 sends its batches to the others, but it"
+            f" holds a `{type(culprit).__name__}`: {error}. Convert it in the data set or in `collate_fn`, or define"
+            " its class at the top of a module."
+        ) from error
+
+
+def _can_be_pickled(leaf: Any) -> bool:
+    try:
+        pickle.dumps(leaf)
+    except Exception:
+        return False
+    return True
 
 
 class _SharedLoader:
