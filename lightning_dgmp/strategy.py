@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -391,7 +391,10 @@ class DelayedMPStrategy(MeshStrategy):
     def whole_model(self) -> Iterator[None]:
         """Flush, and give every process the whole model meanwhile. All stages must enter it at the same iteration."""
         self.flush()
-        with nullcontext() if self._pipeline is None else self._pipeline.whole_model():
+        if self._pipeline is None:
+            yield
+            return
+        with self._pipeline.whole_model(), self._interception.suspended():
             yield
 
     def finish_training(self) -> None:

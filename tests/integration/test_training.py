@@ -103,6 +103,24 @@ def test_a_forward_outside_of_a_step_is_an_error(pool: WorkerPool) -> None:
     results = pool.try_run(call_outside, 2)
     assert all(isinstance(result, Failure) for result in results)
     assert any("was called outside of a step on stage" in result.message for result in results)
+    assert any("with trainer.strategy.whole_model():" in result.message for result in results)
+
+
+class Samples(models.ValidatedMLP):
+    def on_validation_epoch_end(self) -> None:
+        with self.trainer.strategy.whole_model():  # type: ignore[attr-defined]
+            self.log("sample", self(torch.ones(1, 8)).exp().sum())
+
+    def on_train_epoch_end(self) -> None:
+        with self.trainer.strategy.whole_model():  # type: ignore[attr-defined]
+            self.log("other", self(torch.ones(1, 8)).exp().sum())
+
+
+def test_calls_outside_of_a_step_with_the_whole_model(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"make_val_loader": models.vectors, "val_check_interval": 9}
+    expected = pool.run(fit, 1, Samples, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert sum("sample" in row for _, row in expected.rows) == 3
+    assert_equal(pool.run(fit, 3, Samples, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
 
 
 class Hooked(models.MLP):
