@@ -42,7 +42,7 @@ from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
-from lightning_dgmp.sharded import load_sharded, save_sharded
+from lightning_dgmp.sharded import is_sharded, load_sharded, save_sharded
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
@@ -506,7 +506,7 @@ class DelayedMPStrategy(MeshStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if "://" not in str(checkpoint_path) and Path(checkpoint_path).is_dir():
+        if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
             return load_sharded(Path(checkpoint_path), *args, **kwargs)
         return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
