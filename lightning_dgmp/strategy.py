@@ -506,9 +506,15 @@ class DelayedMPStrategy(MeshStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
-            return load_sharded(Path(checkpoint_path), *args, **kwargs)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        try:
+            if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
+                return load_sharded(Path(checkpoint_path), *args, **kwargs)
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        except (RuntimeError, EOFError) as error:  # of torch, which does not say of which file
+            raise RuntimeError(
+                f"The checkpoint `{checkpoint_path}` cannot be read: {error} If it is not whole, copy it again, or"
+                " resume from an earlier one."
+            ) from error
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

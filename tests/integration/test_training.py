@@ -123,6 +123,30 @@ def test_calls_outside_of_a_step_with_the_whole_model(pool: WorkerPool) -> None:
     assert_equal(pool.run(fit, 3, Samples, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
 
 
+class ConfiguredLater(models.MLP):
+    """Makes a part of itself when Lightning asks for it, and its optimizer from what the trainer holds."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden = None  # type: ignore[assignment]
+
+    def configure_model(self) -> None:
+        if self.hidden is None:
+            self.hidden = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.model is not None
+        return torch.optim.AdamW(self.trainer.model.parameters(), lr=1e-3)
+
+
+def test_a_module_that_is_made_late(pool: WorkerPool) -> None:
+    expected = pool.run(fit, 1, ConfiguredLater, models.vectors, {"num_stages": 3, "virtual": True}, 1)[0]
+    assert len(expected.state) == 12
+    ours = pool.run(fit, 3, ConfiguredLater, models.vectors, {"num_stages": 3}, 3)[0]
+    assert {stage for stages in ours.stages.values() for stage in stages} == {0, 1, 2}
+    assert_equal(ours, expected, 1e-5)
+
+
 class Hooked(models.MLP):
     """Hooks that change gradients and steps."""
 
