@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_dgmp.host import MisconfigurationException, sized_len
-from lightning_dgmp.nests import join, split
+from lightning_dgmp.nests import join, leaves, split
 from lightning_dgmp.transport import DATA, REQUESTS, Transport
-from lightning_dgmp.wire import Message
+from lightning_dgmp.wire import Message, Wish
 from lightning_dgmp.withheld import Lender, StandIns
 
 __all__ = ["Feed", "check_sampler"]
@@ -45,6 +45,8 @@ class Feed:
         self.loads, self._loading, self.share = stage == 0, loading, share
         self._transport = transport
         self._num_messages = self._num_loaders = 0
+        self._is_end_due: Callable[[], bool] = lambda: False
+        self.ends = False
         self._lender = Lender(range(1, num_stages))
         self._stand_ins, self._num_stages = StandIns(self._ask), num_stages
         transport.serve(self._answer)
@@ -64,6 +66,10 @@ class Feed:
             iterator = iter(loader)
         return self._loaded(iterator, key)
 
+    def let_end(self, is_due: Callable[[], bool]) -> None:
+        """Let all stages find :attr:`ends` set after the same batch, soon after ``is_due`` holds on stage 0."""
+        self._is_end_due = is_due
+
     def read(self, nest: Any) -> Any:
         """A batch with the values of all its tensors, also of those that this stage would not read."""
         return self._stand_ins.read(nest)
@@ -74,6 +80,7 @@ class Feed:
 
     def _received(self) -> Iterator[Any]:
         while (message := self._receive()).extra:
+            self.ends = bool(message.wishes & Wish.TERMINATE)
             form = pickle.loads(message.extra)
             if any(tensor is None for tensor in message.tensors):
                 oldest = max(message.batch - self._num_stages - 2, 0)  # those in flight may run again
@@ -89,14 +96,16 @@ class Feed:
                 except StopIteration:
                     break
             form, tensors = split(batch)
+            self.ends = self.ends or self._is_end_due()
             copies = [t.detach().cpu().clone() for t in tensors]  # the step may change them
-            self._send(copies, pickle.dumps(form), key)
+            self._send(copies, _pickled(form), key)
             yield batch
         self._send([], b"", key)
 
     def _send(self, tensors: list[torch.Tensor], extra: bytes, key: int) -> None:
         for stage, share in self._lender.share(self._num_messages, key, tensors).items():
-            self._transport.send(DATA, stage, Message(self._num_messages, 0, share, extra=extra))
+            wishes = Wish.TERMINATE if self.ends else 0
+            self._transport.send(DATA, stage, Message(self._num_messages, wishes, share, extra=extra))
         self._num_messages += 1
 
     def _receive(self) -> Message:
@@ -114,6 +123,26 @@ class Feed:
             self._lender.release(stage, request.batch)
             return None
         return Message(request.batch, 0, [self._lender.lend(stage, request.batch, *pickle.loads(request.extra))])
+
+
+def _pickled(form: Any) -> bytes:
+    try:
+        return pickle.dumps(form)
+    except Exception as error:
+        culprit = next((leaf for leaf in leaves(form) if not _can_be_pickled(leaf)), form)
+        raise TypeError(
+            "A batch must hold tensors and what can be pickled, because stage 0 sends its batches to the others, but it"
+            f" holds a `{type(culprit).__name__}`: {error}. Convert it in the data set or in `collate_fn`, or define"
+            " its class at the top of a module."
+        ) from error
+
+
+def _can_be_pickled(leaf: Any) -> bool:
+    try:
+        pickle.dumps(leaf)
+    except Exception:
+        return False
+    return True
 
 
 class _SharedLoader:

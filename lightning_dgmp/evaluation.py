@@ -77,7 +77,14 @@ class Evaluation:
         runner = self._runners[key]
         if runner is None:
             return self._run_whole(step)
-        return self._run_stage(runner, step)
+        try:
+            return self._run_stage(runner, step)
+        except GhostError as error:
+            raise GhostError(
+                f"`{key[0]}` was divided among the stages by its first batch, but a later one cannot be: {error} A step"
+                " that cannot be divided runs with the whole model on every process if that shows in its first batch:"
+                " make the calls and reads of later batches happen in the first one too."
+            ) from None
 
     def has_run(self, key: Any) -> bool:
         """Whether there was a step with this ``key``."""

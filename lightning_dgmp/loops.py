@@ -8,13 +8,14 @@ all, so that all stages stop after the same batch. These classes are the only pl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from lightning_dgmp.host import (
     MisconfigurationException,
+    SIGTERMException,
     _EvaluationLoop,
     _FitLoop,
     _Loop,
@@ -120,6 +121,19 @@ class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):
     """Lets all stages know what the last one has logged and kept."""
 
     @override
+    def run(self) -> Any:
+        # Lightning isolates the random numbers of the sanity check, but those of loading are our own.
+        isolates = self.trainer.sanity_checking and self._strategy.has_feed
+        with self._strategy.keeping_loading() if isolates else nullcontext():
+            return super().run()
+
+    @override
+    def _evaluation_step(self, *args: Any) -> None:
+        if self._strategy.has_feed:
+            self._strategy.signals.before_evaluation_batch()
+        super()._evaluation_step(*args)
+
+    @override
     def _store_dataloader_outputs(self) -> None:
         super()._store_dataloader_outputs()
         self._logged_outputs[-1] = self._strategy.learned.share_results(self._logged_outputs[-1])
@@ -131,6 +145,15 @@ class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):
 
 
 class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
+    @override
+    def _predict_step(self, *args: Any) -> None:
+        if self._strategy.has_feed:
+            self._strategy.signals.before_evaluation_batch()
+        super()._predict_step(*args)
+        is_last_batch = self.batch_progress.is_last_batch  # type: ignore[attr-defined]
+        if self._strategy.has_feed and self.trainer.received_sigterm and not is_last_batch:
+            raise SIGTERMException  # as Lightning's other loops do
+
     @override
     def _store_data_for_prediction_writer(self, batch_idx: int, dataloader_idx: int) -> bool:
         self._batch_idx = batch_idx
@@ -166,6 +189,11 @@ class _DelayedFitLoop(_WithStrategy, _FitLoop):
         self._strategy.learned.share_state()
         self._strategy.learned.share_results()
         super().on_advance_end()
+        # All stages are here anyway: what a hook wants on one of them need not travel.
+        runner = self._strategy.runner
+        if runner is not None and self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False):
+            runner.ending |= Wish.END
+            self.trainer.should_stop = True
 
     @override
     def on_run_end(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +37,10 @@ def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     if isinstance(obj, slice):
         return slice(*(map_leaves(fn, part) for part in (obj.start, obj.stop, obj.step)))
     if isinstance(obj, MutableMapping):  # also the outputs of Hugging Face models, which are dataclasses besides
-        mapping = copy.copy(obj)
+        if isinstance(obj, (dict, UserDict)):
+            mapping: MutableMapping[Any, Any] = copy.copy(obj)
+        else:  # a shallow copy may keep its items where the original does
+            mapping = copy.deepcopy(obj, {id(leaf): leaf for leaf in leaves(obj)})
         for key, value in obj.items():
             mapping[key] = map_leaves(fn, value)
         return mapping
@@ -157,6 +160,16 @@ def split(nest: Any) -> tuple[Any, list[Tensor]]:
 
 
 def join(form: Any, tensors: Sequence[Any]) -> Any:
-    """The opposite of :func:`split`."""
+    """The opposite of :func:`split`.
+
+    Raises:
+        ValueError: If there are not as many tensors as forms.
+    """
+    num_forms = sum(isinstance(leaf, Form) for leaf in leaves(form))
+    if num_forms != len(tensors):
+        raise ValueError(
+            f"A nest must get a tensor for each of its {num_forms} places, but got {len(tensors)}. If a class of your"
+            " own is in the nest, make its `items()` the same after pickling."
+        )
     rest = iter(tensors)
     return map_leaves(lambda leaf: leaf.lay_out(next(rest)) if isinstance(leaf, Form) else leaf, form)

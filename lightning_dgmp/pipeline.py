@@ -41,6 +41,16 @@ class Interception:
             self._stack.enter_context(custom_functions(runner.on_function))
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # compilers cannot read ghosts
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let nobody handle them meanwhile."""
+        runner = self._runner
+        self.use(None)
+        try:
+            yield
+        finally:
+            self.use(runner)
+
 
 class Pipeline:
     """One stage of a replica and all that belongs to it.

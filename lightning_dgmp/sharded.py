@@ -7,8 +7,10 @@ checkpoint of it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-__all__ = ["load_sharded", "save_sharded"]
+__all__ = ["is_sharded", "load_sharded", "save_sharded"]
 
 _META = "meta.pt"
 
@@ -28,7 +30,8 @@ def save_sharded(
 ) -> None:
     """Write what this process has of ``checkpoint``; a kill at any moment leaves what was there before.
 
-    All processes must call it.
+    All processes must call it. Where the file system cannot exchange folders, as some of networks, a kill at the very
+    end may leave what was there before at ``path.old``, where :func:`load_sharded` finds it.
 
     Args:
         checkpoint: As Lightning makes it, with this process's part of ``"state_dict"`` and, by the names of parameters,
@@ -49,12 +52,19 @@ def save_sharded(
     dcp.save(state, checkpoint_id=partial, process_group=group)
     if is_global_zero:
         torch.save(rest, partial / _META)
+        if not _exchange(partial, path):
+            if path.exists():
+                _remove(old)
+                os.rename(path, old)
+            os.rename(partial, path)
         _remove(old)
-        if path.exists():
-            os.rename(path, old)
-        os.rename(partial, path)
-        _remove(old)
+        _remove(partial)
     wait_for_all("the end of a sharded checkpoint")
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether there is a sharded checkpoint at ``path``."""
+    return _folder(path).is_dir()
 
 
 def load_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -63,6 +73,7 @@ def load_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]
     Raises:
         FileNotFoundError: If a file is missing.
     """
+    path = _folder(path)
     state: dict[str, Any] = {}
     reader = dcp.FileSystemReader(path)
     try:
@@ -90,6 +101,20 @@ def _incomplete(path: Path, name: str) -> str:
         f"A sharded checkpoint must have all of its files, but `{path}` has no `{name}`. Copy the folder again, or"
         " resume from an earlier checkpoint."
     )
+
+
+def _folder(path: Path) -> Path:
+    old = Path(f"{path}.old")
+    return old if old.is_dir() and not path.exists() else path
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two files or folders at once, and say whether that was possible; on Linux it is, on most file systems."""
+    if sys.platform != "linux":
+        return False
+    function = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return function is not None and function(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _remove(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
-from lightning_dgmp.sharded import load_sharded, save_sharded
+from lightning_dgmp.sharded import is_sharded, load_sharded, save_sharded
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
@@ -125,6 +125,12 @@ class DelayedMPStrategy(MeshStrategy):
         """Whether stage 0 loads for the others."""
         return self._feed is not None
 
+    @contextmanager
+    def keeping_loading(self) -> Iterator[None]:
+        """Let the data that are loaded meanwhile draw nothing from the random numbers of those loaded later."""
+        with self._loading.kept():
+            yield
+
     @property
     def has_begun(self) -> bool:
         """Whether the plan of this fit is made."""
@@ -148,9 +154,11 @@ class DelayedMPStrategy(MeshStrategy):
             self._share_randomness()
             install_loops(trainer)
             self.learned = Learned(self.lightning_module, self.share_of_last_stage)
-            if self._is_pipeline and trainer.state.fn == TrainerFn.FITTING:
+            if self._is_pipeline:
+                assert self._world is not None
+                assert self._feed is not None
                 self._undo_callbacks = adapt_callbacks(trainer, self)
-                self.signals = Signals(trainer, self)
+                self.signals = Signals(trainer, self, self._feed, self._world.flag())
         super().setup(trainer)
 
     @override
@@ -386,7 +394,10 @@ class DelayedMPStrategy(MeshStrategy):
     def whole_model(self) -> Iterator[None]:
         """Flush, and give every process the whole model meanwhile. All stages must enter it at the same iteration."""
         self.flush()
-        with nullcontext() if self._pipeline is None else self._pipeline.whole_model():
+        if self._pipeline is None:
+            yield
+            return
+        with self._pipeline.whole_model(), self._interception.suspended():
             yield
 
     def finish_training(self) -> None:
@@ -498,9 +509,15 @@ class DelayedMPStrategy(MeshStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if "://" not in str(checkpoint_path) and Path(checkpoint_path).is_dir():
-            return load_sharded(Path(checkpoint_path), *args, **kwargs)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        try:
+            if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
+                return load_sharded(Path(checkpoint_path), *args, **kwargs)
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        except (RuntimeError, EOFError) as error:  # of torch, which does not say of which file
+            raise RuntimeError(
+                f"The checkpoint `{checkpoint_path}` cannot be read: {error} If it is not whole, copy it again, or"
+                " resume from an earlier one."
+            ) from error
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_dgmp.nests import Form, join, leaves, map_leaves, split
 
-__all__ = ["PeerError", "World"]
+__all__ = ["Flag", "PeerError", "World"]
 
 _LOOK = 0.3  # seconds between two looks for a failure of others
 _LONGEST_PAUSE = 0.02  # seconds
@@ -47,6 +47,7 @@ class World:
         self._store: Any = None
         self._counts: Counter[tuple[int, ...]] = Counter()
         self._old_keys: dict[tuple[int, ...], str] = {}
+        self._num_flags = 0
         self.group = dist.new_group(backend="gloo", timeout=timeout)  # for tensors of the host
         port = [0]
         if self.rank == 0:
@@ -138,6 +139,11 @@ class World:
         self._wait_until(work.is_completed, give_up)
         work.wait()
 
+    def flag(self) -> Flag:
+        """A new flag that is down. All processes must make it."""
+        self._num_flags += 1
+        return Flag(self._store, f"flag/{self._num_flags}")
+
     def fail(self, reason: str) -> None:
         """Let all others know that this process has failed, and why. Never raises."""
         with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and all who wait have noticed
@@ -169,6 +175,22 @@ class World:
     def _look_for_failure(self) -> None:
         if self._store.check(["failure"]):
             raise PeerError(self._store.get("failure").decode())
+
+
+class Flag:
+    """What any process can raise and any can look at, without waiting for each other."""
+
+    def __init__(self, store: Any, key: str) -> None:
+        self._store, self._key = store, key
+
+    def put_up(self) -> None:
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone: all will notice
+            self._store.set(self._key, b"")
+
+    def is_up(self) -> bool:
+        with contextlib.suppress(RuntimeError):
+            return bool(self._store.check([self._key]))
+        return False
 
 
 def _leave(store: Any, rank: int, size: int) -> None:

@@ -125,7 +125,6 @@ class _Worker:
 
 def _work(pipe: Any, log: str) -> None:
     stacks = open(log, "w")  # noqa: SIM115
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
     import torch.distributed as dist
@@ -140,6 +139,8 @@ def _work(pipe: Any, log: str) -> None:
         except EOFError:
             return
         os.environ.update(environment)
+        faulthandler.unregister(signal.SIGUSR1)  # after a fit, Lightning has put it back to the default
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         result: Any
         try:
             result = function(*args, **kwargs)

@@ -59,6 +59,15 @@ class OwnRandomness:
             seed_all(seed, _HOST)
 
     @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put the state back afterwards."""
+        python, host, array = self._python, self._torch, self._numpy.state
+        try:
+            yield
+        finally:
+            self._python, self._torch, self._numpy.state = python, host, array
+
+    @contextmanager
     def __call__(self) -> Iterator[None]:
         """Around the work."""
         with _numpy_drawing_from(self._numpy), _put_back():

@@ -254,7 +254,8 @@ class StageRunner:
             return call(*args, **kwargs)
         raise GhostError(
             f"`{path or type(module).__name__}` was called outside of a step on stage {self.stage}, which holds only a"
-            " part of it. Call modules in `training_step` or `validation_step`, or after `trainer.fit`."
+            " part of it. Call modules in `training_step` or `validation_step`, after `trainer.fit`, or within `with"
+            " trainer.strategy.whole_model():`, which all processes must enter at the same point."
         )
 
     def on_function(self, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

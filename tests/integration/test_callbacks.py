@@ -62,8 +62,12 @@ def timer() -> Timer:
     return Timer(timedelta(seconds=1))
 
 
-def test_a_timer_stops_all_stages_after_the_same_batch(pool: WorkerPool) -> None:
-    results = pool.run(fit_counting_collectives, 3, timer, 3, max_epochs=50, enable_checkpointing=False)
+@pytest.mark.parametrize(("callback", "arguments"), [(timer, {}), (Callback, {"max_time": "00:00:00:01"})])
+def test_a_timer_stops_all_stages_after_the_same_batch(
+    pool: WorkerPool, callback: Any, arguments: dict[str, Any]
+) -> None:
+    args = {"max_epochs": 50, "enable_checkpointing": False, **arguments}
+    results = pool.run(fit_counting_collectives, 3, callback, 3, **args)
     steps = {step for step, _ in results}
     assert len(steps) == 1
     assert 5 < steps.pop() < 1000

@@ -132,7 +132,7 @@ def test_resuming_virtual_stages_is_going_on(pool: WorkerPool, tmp_path: Path, s
     assert resumed.rows == whole.rows[step:]
 
 
-def save_and_die(folder: str) -> None:
+def save_and_die(folder: str, where: str) -> None:
     """Save once, then be killed in the middle of saving again."""
     module = models.MLP(width=400)
     trainer = Trainer(accelerator="cpu", devices=1, strategy=DelayedMPStrategy(2, virtual=True), logger=False,
@@ -143,20 +143,29 @@ def save_and_die(folder: str) -> None:
     def die(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with patch("os.replace", die):
+    def write_a_part(checkpoint: Any, path: str) -> None:
+        Path(path).write_bytes(b"PK" * 50)
+        die()
+
+    writer = "lightning.fabric.plugins.io.torch_io._atomic_save"
+    with patch("os.replace", die) if where == "replace" else patch(writer, write_a_part):
         trainer.save_checkpoint(f"{folder}/last.ckpt")
 
 
-def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=save_and_die, args=(str(tmp_path),))
+@pytest.mark.parametrize("where", ["write", "replace"])
+def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=save_and_die, args=(str(tmp_path), where))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
+    assert (tmp_path / "last.ckpt.part").exists()
 
 
-@pytest.mark.parametrize(("what", "text"), [("other", "Error.s. in loading state_dict"), ("truncated", "")])
+@pytest.mark.parametrize(
+    ("what", "text"), [("other", "Error.s. in loading state_dict"), ("truncated", "bad.ckpt` cannot be read")]
+)
 def test_a_checkpoint_that_does_not_fit(pool: WorkerPool, tmp_path: Path, what: str, text: str) -> None:
     path = tmp_path / "bad.ckpt"
     pool.run(fit_and_save, 1, str(tmp_path / "good"), None, 1, limit_train_batches=10)

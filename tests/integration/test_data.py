@@ -18,6 +18,7 @@ from lightning_dgmp.nests import leaves
 from lightning_dgmp.withheld import StandIns
 from tests import models
 from tests.pool import WorkerPool
+from tests.test_nests import Batch
 from tests.training import assert_equal, fit
 
 
@@ -107,6 +108,14 @@ def rich_batches() -> DataLoader:
     return DataLoader(items(), batch_size=8, shuffle=True, collate_fn=rich)
 
 
+def own_mappings() -> DataLoader:
+    return DataLoader(items(), batch_size=8, collate_fn=in_own_mapping)
+
+
+def in_own_mapping(samples: list[Any]) -> Batch:
+    return Batch({"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])})
+
+
 def combined() -> CombinedLoader:
     loaders = {"a": shuffled(), "b": [DataLoader(items(20), batch_size=4, shuffle=True)]}
     return CombinedLoader(loaders, "max_size_cycle")
@@ -137,7 +146,7 @@ def same(ours: list[list[Any]], theirs: list[list[Any]]) -> bool:
     return all(one(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
 
 
-LOADERS = [shuffled, stream, with_workers, own_batch_sampler, rich_batches, combined]
+LOADERS = [shuffled, stream, with_workers, own_batch_sampler, rich_batches, own_mappings, combined]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -210,6 +219,31 @@ def test_an_error_of_the_loader_ends_all(pool: WorkerPool) -> None:
     assert first.type == "ZeroDivisionError"
     assert "Stage 0 (rank 1) failed" in last.message
     assert "the user's own error" in last.message
+
+
+class Unnamed(Dataset[Any]):
+    """Its batches hold what cannot be sent to another process."""
+
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.zeros(8), 0
+
+    def collate(self, samples: list[Any]) -> Any:
+        class Local: ...
+
+        return [*torch.utils.data.default_collate(samples), {"name": "a", "more": [Local()]}]
+
+
+def unnamed() -> DataLoader:
+    return DataLoader(Unnamed(), batch_size=8, collate_fn=Unnamed().collate)
+
+
+def test_a_batch_that_cannot_be_sent(pool: WorkerPool) -> None:
+    for result in pool.try_run(fit, 2, models.MLP, unnamed, {"num_stages": 2}, 2):
+        assert "holds a `Local`" in result.message
+        assert "stage 0 sends its batches to the others" in result.message
 
 
 class Looks(models.MLP):

@@ -159,6 +159,27 @@ def test_a_step_that_cannot_be_divided_runs_with_the_whole_model(pool: WorkerPoo
         assert predictions == nothing == [None] * 3
 
 
+class GeneratesLater(Generates):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.log("val_loss", self.loss(batch))
+        else:
+            super().validation_step(batch, batch_idx)
+
+
+def validate_later(module: type[LightningModule]) -> None:
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=DelayedMPStrategy(), logger=False, enable_progress_bar=False
+    )
+    trainer.validate(module(), models.vectors(20), verbose=False)
+
+
+def test_a_step_whose_later_batches_cannot_be_divided(pool: WorkerPool) -> None:
+    for result in pool.try_run(validate_later, 2, GeneratesLater):
+        assert "`validation_step` was divided among the stages by its first batch, but a later" in result.message
+        assert "runs with the whole model on every process if that shows in its first batch" in result.message
+
+
 class Writer(BasePredictionWriter):
     def __init__(self) -> None:
         super().__init__("batch_and_epoch")

@@ -125,6 +125,17 @@ def test_lightning_cli(tmp_path: Path) -> None:
     assert result(done.stdout) == "SUM 2 loss val_loss"
 
 
+def test_lightning_cli_with_the_name_of_the_strategy(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(COMMAND)
+    options = {"strategy": "delayed_mp", "accelerator": "cpu", "devices": 2, "max_epochs": 1, "logger": "false"}
+    options |= {"enable_progress_bar": "false", "enable_checkpointing": "false"}
+    command = [sys.executable, str(script), "fit", *(f"--trainer.{name}={value}" for name, value in options.items())]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert result(done.stdout) == "SUM 2 loss val_loss"
+
+
 STANDALONE = """
 import sys
 {imports}

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from torch.distributed.checkpoint import FileSystemWriter
 
+from lightning_dgmp import DelayedMPStrategy
 from lightning_dgmp.checkpoint import WeightShards
+from lightning_dgmp.sharded import is_sharded, load_sharded
 from lightning_dgmp.world import World
+from tests import models
 from tests.integration.test_checkpoints import fit_and_save
-from tests.pool import Failure, WorkerPool
+from tests.pool import Failure, WorkerPool, free_port
 from tests.training import assert_equal
 
 
@@ -69,6 +78,64 @@ def test_going_on_with_another_number_of_stages(pool: WorkerPool, tmp_path: Path
     assert resumed.global_step == 20
     expected = pool.run(fit_sharded, 1, str(tmp_path / "virtual"), after, True, **arguments)[0]
     assert_equal(resumed, expected, 1e-5)
+
+
+def save_and_die(rank: int, port: int, folder: str, where: str) -> None:
+    """Save once, then be killed in the middle of saving again."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), NODE_RANK="0"
+    )
+    module, strategy = models.MLP(), DelayedMPStrategy(2, save_distributed_checkpoint=True)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, max_steps=2,
+                      enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+    trainer.fit(module, models.vectors())
+    trainer.save_checkpoint(f"{folder}/last.ckpt")
+    torch.nn.init.constant_(module.inp.weight, 9.0)
+    torch.nn.init.constant_(module.out.weight, 9.0)
+
+    def die(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def rename(source: Any, target: Any, do: Any = os.rename) -> None:
+        die() if str(source).endswith(".part") else do(source, target)
+
+    with ExitStack() as patches:
+        if where == "write" and rank == 1:
+            patches.enter_context(patch.object(FileSystemWriter, "write_data", die))
+        if where == "rename":  # the second of the two that are needed where folders cannot be exchanged
+            patches.enter_context(patch("lightning_dgmp.sharded._exchange", return_value=False))
+            patches.enter_context(patch("os.rename", rename))
+        trainer.save_checkpoint(f"{folder}/last.ckpt")
+
+
+@pytest.mark.parametrize("where", ["write", "rename"])
+def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> None:
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    workers = [context.Process(target=save_and_die, args=(rank, port, str(tmp_path), where)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert -signal.SIGKILL in [worker.exitcode for worker in workers]
+    assert None not in [worker.exitcode for worker in workers]
+    path = tmp_path / "last.ckpt"
+    assert path.exists() == (where == "write")
+    assert is_sharded(path)
+    checkpoint = load_sharded(path)
+    assert checkpoint["global_step"] == 2
+    state = checkpoint["state_dict"]
+    assert state.keys() == models.MLP().state_dict().keys()
+    assert not any((state[f"{name}.weight"] == 9.0).any() for name in ("inp", "out"))
+
+
+def test_the_previous_checkpoint_is_found_and_followed_by_the_next(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(fit_sharded, 2, str(tmp_path / "one"), 2, limit_train_batches=10)
+    path = next((tmp_path / "one").iterdir())
+    os.rename(path, f"{path}.old")
+    arguments = {"max_epochs": 2, "limit_train_batches": 10, "ckpt_path": str(path)}
+    assert pool.run(fit_sharded, 2, str(tmp_path / "two"), 2, **arguments)[0].global_step == 20
+    pool.run(fit_sharded, 2, str(tmp_path / "one"), 2, limit_train_batches=10)
+    assert [entry.name for entry in (tmp_path / "one").iterdir()] == [path.name]
 
 
 def test_a_missing_shard(pool: WorkerPool, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_dgmp import DelayedMPStrategy
 from tests import models
 from tests.integration.test_launchers import ROOT, environment
 from tests.pool import WorkerPool
@@ -48,6 +49,64 @@ def test_a_term_to_any_process_ends_all_after_the_same_batch(pool: WorkerPool, r
     steps = set(pool.run(fit_until_the_term, 3, rank))
     assert len(steps) == 1
     assert 9 <= steps.pop() <= 9 + 6
+
+
+class SignalsInEvaluation(Callback):
+    """Sends the signal to its own process after the second batch of ``where``, and counts batches."""
+
+    def __init__(self, where: str, rank: int) -> None:
+        self.where, self.rank, self.batches = where, rank, 0
+
+    def after_batch(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.state.stage is None or self.where != trainer.state.stage.value:
+            return
+        self.batches += 1
+        time.sleep(0.01)
+        if self.batches == 2 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = after_batch
+
+
+class Evaluated(models.ValidatedMLP):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0])
+
+
+def evaluate_until_the_term(function: str, where: str, rank: int, folder: str) -> tuple[int, list[str]]:
+    callbacks = [SignalsInEvaluation(where, rank), OnExceptionCheckpoint(folder)]
+    trainer = Trainer(
+        accelerator="cpu", devices=3, strategy=DelayedMPStrategy(), max_epochs=1, limit_train_batches=4, logger=False,
+        callbacks=callbacks, enable_checkpointing=True, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=-1 if where == "sanity_check" else 0,
+    )  # fmt: skip
+    loaders = [models.vectors(16, 8), models.vectors(800, 8)]
+    with pytest.raises(SIGTERMException), patch.object(OnExceptionCheckpoint, "teardown"):  # which removes the file
+        trainer.fit(Evaluated(), *loaders) if function == "fit" else getattr(trainer, function)(Evaluated(), loaders[1])
+    return callbacks[0].batches, os.listdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("function", "where", "ranks"),
+    [
+        ("fit", "sanity_check", [2]),
+        ("fit", "validate", [1]),
+        ("validate", "validate", [2]),
+        ("test", "test", [0, 1]),
+        ("predict", "predict", [0, 2]),
+    ],
+)
+def test_a_term_in_an_evaluation_ends_all_after_the_same_batch(
+    pool: WorkerPool, tmp_path: Path, function: str, where: str, ranks: list[int]
+) -> None:
+    for rank in ranks:
+        results = pool.run(evaluate_until_the_term, 3, function, where, rank, str(tmp_path), timeout=30)
+        assert results[1:] == results[:-1]
+        assert 2 <= results[0][0] <= 2 + 20
+        assert results[0][1] == ["on_exception.ckpt"]
 
 
 def fit_as_a_job(folder: str, batches: dict[int, int]) -> int:
@@ -83,45 +142,74 @@ from lightning.pytorch import Callback, Trainer
 import lightning_dgmp
 from tests import models
 
+class Model(models.MLP):
+    def test_step(self, batch, batch_idx):
+        self.loss(batch)
+
 class Ready(Callback):
+    num_batches = 0
+
     def on_train_batch_end(self, trainer, *args):
         time.sleep(0.05)
-        if trainer.global_step == 5:
+        self.num_batches += 1
+        if self.num_batches == 5:
             open(os.path.join(sys.argv[1], str(trainer.global_rank)), "w").write(str(os.getpid()))
+
+    on_test_batch_end = on_train_batch_end
 
 if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="delayed_mp", max_epochs=100, logger=False, callbacks=[Ready()],
         enable_checkpointing=False, enable_progress_bar=False,
     )
-    trainer.fit(models.MLP(), models.vectors())
+    try:
+        getattr(trainer, sys.argv[2])(Model(), models.vectors(8000))
+    except BaseException as error:
+        print(type(error).__name__, "of rank", trainer.global_rank, file=sys.stderr)
+        raise
 """
 
 
-@pytest.mark.parametrize("whom", ["all", "0", "1"])
-def test_an_interrupt_ends_all(tmp_path: Path, whom: str) -> None:
-    script = tmp_path / "script.py"
+def send(folder: Path, function: str, whom: str, signum: int) -> str:
+    """Send a signal to a process of a launched run, and return what the run printed when all of it has ended."""
+    script = folder / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(tmp_path)]
+    command = [sys.executable, str(script), str(folder), function]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 100
-    while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
+    while not ((folder / "0").exists() and (folder / "1").exists()):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
     time.sleep(0.5)  # the files are written
     if whom == "all":  # as the terminal does
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signum)
     else:
-        os.kill(int((tmp_path / whom).read_text()), signal.SIGINT)
+        os.kill(int((folder / whom).read_text()), signum)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "KeyboardInterrupt" in errors
+    assert process.returncode != 0 or signum == signal.SIGTERM  # whose exception is a SystemExit
     left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
     assert not left, "a process was left behind"
+    return errors
+
+
+@pytest.mark.parametrize("whom", ["all", "0", "1"])
+def test_an_interrupt_ends_all(tmp_path: Path, whom: str) -> None:
+    assert "KeyboardInterrupt" in send(tmp_path, "fit", whom, signal.SIGINT)
+
+
+@pytest.mark.parametrize("whom", ["0", "1"])
+def test_a_kill_of_one_ends_all(tmp_path: Path, whom: str) -> None:
+    errors = send(tmp_path, "fit", whom, signal.SIGKILL)
+    assert whom == "1" or "(rank 1) lost stage 1 (rank 0)" in errors
+
+
+def test_a_term_to_one_ends_a_test(tmp_path: Path) -> None:
+    errors = send(tmp_path, "test", "1", signal.SIGTERM)
+    assert all(f"SIGTERMException of rank {rank}" in errors for rank in range(2))
 
 
 def fit_and_save_at_the_end(folder: str, fails: bool) -> Any:

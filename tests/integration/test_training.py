@@ -38,6 +38,22 @@ def test_all_stages_stop_after_the_same_batch(pool: WorkerPool, num_stages: int)
     assert 10 <= steps.pop() <= 10 + 2 * num_stages
 
 
+class StopsOnOneRank(Callback):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.global_rank == self.rank:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_stops_all_at_the_end_of_an_epoch(pool: WorkerPool, rank: int) -> None:
+    args: dict[str, Any] = {"max_epochs": 5, "limit_train_batches": 6, "callbacks": [StopsOnOneRank(rank)]}
+    outcomes = pool.run(fit, 2, models.MLP, models.vectors, {"num_stages": 2}, 2, timeout=30, **args)
+    assert [outcome.global_step for outcome in outcomes] == [12, 12]
+
+
 def fit_with_early_stopping(strategy: Any, devices: int) -> Any:
     callback = EarlyStopping("val_loss", patience=0, min_delta=10.0)  # nothing is ever better by so much
     args: dict[str, Any] = {"callbacks": [callback], "val_check_interval": 8, "make_val_loader": models.vectors}
@@ -87,6 +103,48 @@ def test_a_forward_outside_of_a_step_is_an_error(pool: WorkerPool) -> None:
     results = pool.try_run(call_outside, 2)
     assert all(isinstance(result, Failure) for result in results)
     assert any("was called outside of a step on stage" in result.message for result in results)
+    assert any("with trainer.strategy.whole_model():" in result.message for result in results)
+
+
+class Samples(models.ValidatedMLP):
+    def on_validation_epoch_end(self) -> None:
+        with self.trainer.strategy.whole_model():  # type: ignore[attr-defined]
+            self.log("sample", self(torch.ones(1, 8)).exp().sum())
+
+    def on_train_epoch_end(self) -> None:
+        with self.trainer.strategy.whole_model():  # type: ignore[attr-defined]
+            self.log("other", self(torch.ones(1, 8)).exp().sum())
+
+
+def test_calls_outside_of_a_step_with_the_whole_model(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"make_val_loader": models.vectors, "val_check_interval": 9}
+    expected = pool.run(fit, 1, Samples, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert sum("sample" in row for _, row in expected.rows) == 3
+    assert_equal(pool.run(fit, 3, Samples, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+class ConfiguredLater(models.MLP):
+    """Makes a part of itself when Lightning asks for it, and its optimizer from what the trainer holds."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden = None  # type: ignore[assignment]
+
+    def configure_model(self) -> None:
+        if self.hidden is None:
+            self.hidden = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.model is not None
+        return torch.optim.AdamW(self.trainer.model.parameters(), lr=1e-3)
+
+
+def test_a_module_that_is_made_late(pool: WorkerPool) -> None:
+    expected = pool.run(fit, 1, ConfiguredLater, models.vectors, {"num_stages": 3, "virtual": True}, 1)[0]
+    assert len(expected.state) == 12
+    ours = pool.run(fit, 3, ConfiguredLater, models.vectors, {"num_stages": 3}, 3)[0]
+    assert {stage for stages in ours.stages.values() for stage in stages} == {0, 1, 2}
+    assert_equal(ours, expected, 1e-5)
 
 
 class Hooked(models.MLP):
@@ -147,6 +205,13 @@ def test_shuffling_without_a_seed_agrees_on_all_stages(pool: WorkerPool) -> None
     args = {"max_epochs": 2}
     expected = pool.run(fit, 1, models.MLP, shuffled_vectors, {"num_stages": 2, "virtual": True}, 1, **args)[0]
     assert_equal(pool.run(fit, 2, models.MLP, shuffled_vectors, {"num_stages": 2}, 2, **args)[0], expected, 1e-6)
+
+
+def test_a_sanity_check_does_not_change_the_shuffling(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"max_epochs": 2, "make_val_loader": shuffled_vectors, "limit_val_batches": 2}
+    what = models.ValidatedMLP, shuffled_vectors
+    expected = pool.run(fit, 1, *what, {"num_stages": 2, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 2, *what, {"num_stages": 2}, 2, **args)[0], expected, 1e-6)
 
 
 def test_noise_drawn_in_the_step_agrees_on_all_stages(pool: WorkerPool) -> None:

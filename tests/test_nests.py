@@ -1,0 +1,67 @@
+"""Nests of any kind are rebuilt, and the originals stay as they are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, deque
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dgmp.nests import join, leaves, map_leaves, split
+
+
+class Batch(MutableMapping[str, Any]):
+    """A user's own mapping, which keeps its items in a dict."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._items[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+KINDS = [
+    dict,
+    OrderedDict,
+    UserDict,
+    lambda **items: Batch(items),
+    lambda **items: [items],
+    lambda **items: deque([items], 3),
+]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_nest_is_rebuilt(make: Any) -> None:
+    x, y = torch.zeros(3), torch.ones(2)
+    nest = make(x=x, inner={"y": y}, name="a")
+    other = map_leaves(lambda leaf: leaf + 1 if isinstance(leaf, torch.Tensor) else leaf, nest)
+    assert type(other) is type(nest)
+    assert [leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves(other)] == [
+        [1] * 3,
+        [2] * 2,
+        "a",
+    ]
+    assert [id(leaf) for leaf in leaves(nest)] == [id(x), id(y), id("a")]
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_joining_is_the_opposite_of_splitting(make: Any) -> None:
+    nest = make(x=torch.zeros(3), inner={"y": torch.ones(2)}, name="a")
+    form, tensors = split(nest)
+    assert all(a is b for a, b in zip(leaves(join(form, tensors)), leaves(nest)))
+    with pytest.raises(ValueError, match="a tensor for each of its 2 places, but got 1"):
+        join(form, tensors[:1])
