@@ -329,7 +329,7 @@ class _Kept:
 
     def have_changed(self, module: nn.Module) -> bool:
         """Whether those of ``module`` have changed since the last look."""
-        values = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+        values = {name: v for name, v in vars(module).items() if name not in _INTERNAL and not callable(v)}
         last = self._last.get(id(module), {})
         self._last[id(module)] = {k: marks(v) if isinstance(v, _SIMPLE) else v for k, v in values.items()}
         return last.keys() != values.keys() or not all(

@@ -51,7 +51,8 @@ class Skips:
         # What has arrived here for other ends must neither be waited for nor be changed.
         isolation = _Isolation(self._mode)
         args, kwargs = isolation.copy(args), isolation.copy(kwargs)
-        stand_ins, tensors = leaves((args, kwargs)), marks([t for t in inputs if isinstance(t, Tensor)])
+        real = [t for t in inputs if isinstance(t, Tensor) and not isinstance(t, Ghost)]
+        stand_ins, before_call = leaves((args, kwargs)), marks(real)
         module = self._root.get_submodule(path)
         restore, before = attributes_saved(module), _real_attributes(module)
         self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
@@ -70,7 +71,7 @@ class Skips:
             self._mode.written_over, self._mode.draws_noise = set(), True
         _keep(module, kept | ghosts)
         has_hooks = any(child._forward_hooks for child in module.modules())  # which may keep what they see
-        is_changed = isolation.write_back() or not is_same(tensors, [t for t in inputs if isinstance(t, Tensor)])
+        is_changed = isolation.write_back() or not is_same(before_call, real)
         if has_hooks or is_changed or kept or self._mode.has_read_mask or isolation.returns_container(out):
             return isolation.original(out)
         template = _Template(out, stand_ins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -65,9 +66,10 @@ def test_processes_log_what_virtual_stages_log(pool: WorkerPool) -> None:
 
 
 def ask_in_two_ways() -> Any:
-    dist.init_process_group("gloo")
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    replicas = Replicas(alone)
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    groups = [dist.new_group([0]), dist.new_group([1])]
+    replicas = Replicas(groups[rank])
     sizes = [dist.get_world_size()]
     with replicas.step():
         value = torch.ones(())

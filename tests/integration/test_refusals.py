@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -261,15 +260,9 @@ def test_what_follows_a_read_belongs_to_the_last_stage(pool: WorkerPool) -> None
         torch.testing.assert_close(ours[0].state[name], value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ({"accumulate_grad_batches": 2}, "does not support gradient accumulation yet"),
-        ({"gradient_clip_val": 1.0}, "does not support clipping by norm yet"),
-    ],
-)
-def test_arguments_of_the_trainer(pool: WorkerPool, arguments: dict[str, Any], text: str) -> None:
-    assert_all_say(failures(pool, 2, models.MLP, **arguments), text)
+def test_clipping_by_norm(pool: WorkerPool) -> None:
+    results = failures(pool, 2, models.MLP, gradient_clip_val=1.0)
+    assert_all_say(results, "does not support clipping by norm yet")
 
 
 # ----- data
@@ -405,11 +398,3 @@ def test_a_dtype_that_cannot_be_sent(pool: WorkerPool) -> None:
 def test_a_buffer_that_keeps_the_value_of_another_stage(pool: WorkerPool) -> None:
     results = failures(pool, 4, traps.KeepsAnEarlyValue)
     assert_all_say(results, "The buffer `early` was assigned a value that is not on stage")
-
-
-def test_an_accumulation_scheduler() -> None:
-    callback = GradientAccumulationScheduler({0: 1, 3: 2})
-    with pytest.raises(
-        MisconfigurationException, match="accumulation yet, but there is a `GradientAccumulationScheduler`"
-    ):
-        fit(models.MLP, models.vectors, {"num_stages": 2, "virtual": True}, 1, callbacks=[callback])
