@@ -3,34 +3,27 @@
 A ghost stands for the work of another stage. Operations on ghosts yield ghosts, whatever touches no ghost stays real:
 no mode is active around user code. A ghost may be *bound* to a value that arrives from the stage that made it; the
 first operation that touches a bound ghost waits for the value and computes with it.
-
-The shapes come from :class:`torch._subclasses.FakeTensor`, the only private part of torch that this file touches.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, MutableMapping
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_dgmp.nests import leaves, map_tensors, replace_leaves, tensors_in
+from lightning_dgmp.nests import replace_leaves, tensors_in
 
-__all__ = ["PLAIN", "Ghost", "GhostError", "GhostMode", "GhostRead", "is_in_place", "looks_of", "realised"]
+if TYPE_CHECKING:
+    from lightning_dgmp.operations import GhostMode
 
+__all__ = ["PLAIN", "Ghost", "GhostError", "GhostRead", "looks_of", "realised"]
 
-_FAKES = FakeTensorMode(allow_non_fake_inputs=True)  # one for all, since those of several do not mix
 
 #: Types of arguments that are what they look like.
 PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
@@ -148,165 +141,6 @@ class Ghost(torch.Tensor):
         return func(*realised(args), **realised(kwargs or {}))
 
 
-class GhostMode:
-    """What operations on ghosts do. One family of ghosts shares one mode.
-
-    The tracer overrides the hooks; a running stage uses this class as it is.
-    """
-
-    def __init__(self) -> None:
-        self.fake_mode = _FAKES
-        #: Ids of real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
-        self.written_over: set[int] = set()
-        #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
-        self.draws_noise = True
-        #: Set when a real mask has decided a shape.
-        self.has_read_mask = False
-        self._results: dict[Any, Any] = {}
-
-    # ----- making ghosts
-
-    def like(self, tensor: Tensor, origin: str, requires_grad: bool, device: torch.device, stage: int = -1) -> Ghost:
-        """A ghost with the shape and dtype of ``tensor``."""
-        with self.fake_mode:
-            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
-        return Ghost(fake, self, origin, requires_grad, stage)  # type: ignore[arg-type]
-
-    def again(self, ghost: Ghost, origin: str, stage: int) -> Ghost:
-        """A fresh, unbound ghost with the looks of ``ghost``."""
-        fresh = Ghost(ghost.fake, self, origin, ghost.needs_grad, stage)
-        fresh.looks = ghost.looks
-        return fresh
-
-    # ----- operations
-
-    def observe(self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None) -> None:
-        """Called after each operation on ghosts; ``changed`` is the ghost that was modified in place, if any."""
-
-    def ignore_write(self, inputs: list[Ghost]) -> None:
-        """Called when ghosts are written into one of ``written_over``, which does nothing."""
-
-    def around(self, func: Any) -> AbstractContextManager[Any]:
-        """What surrounds the fake execution of ``func``."""
-        return nullcontext()
-
-    def key(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What decides the looks of the result of ``func``, or ``None`` if something else may."""
-        if not all(isinstance(item, (Tensor, *PLAIN)) for item in leaves((args, kwargs))):
-            return None
-        device = args[0].fake.device.type if args and isinstance(args[0], Ghost) else "cpu"
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return func, autocast, looks_of(args), looks_of(dict(kwargs))
-
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        name = getattr(func, "__name__", str(func))
-        subject = args[0] if args else None
-        if isinstance(subject, Ghost) and subject.bound and name in _CHANGES_LEAF:
-            return func(subject.received(), *args[1:], **kwargs)
-        if isinstance(subject, Ghost) and name in _SPECIAL:
-            return _SPECIAL[name](subject, *args[1:], **kwargs)
-        owner = getattr(func, "__self__", None)  # `Tensor.shape.__get__` and the like
-        if name == "__get__" and isinstance(subject, Ghost):
-            attribute = getattr(owner, "__name__", "")
-            if attribute in _METADATA:
-                return getattr(subject.received(), attribute) if subject.has_arrived else _METADATA[attribute](subject)
-        elif name == "__set__" and isinstance(subject, Ghost):
-            return _set_attribute(subject, getattr(owner, "__name__", ""), args[1])
-
-        inputs = tensors_in((args, kwargs), Ghost)
-        if any(g.bound for g in inputs):
-            args, kwargs = realised(args), realised(dict(kwargs))
-            inputs = [g for g in inputs if not g.bound]
-            if not inputs:
-                return func(*args, **kwargs)
-            if inputs[0].family is not self:
-                return inputs[0].family.call(func, args, kwargs)
-            subject = args[0] if args else None
-        if name in _READS:
-            raise GhostRead(inputs[0], name)
-        if name == "__getitem__":
-            numbered = _numbered(args[1])
-            self.has_read_mask |= numbered is not args[1]
-            args = (subject, numbered, *args[2:])
-        if func is torch.autograd.grad:
-            raise GhostError(
-                f"`torch.autograd.grad` was called on {inputs[0].describe()}. A step may not differentiate by itself,"
-                " because its graph lies on several stages: return a loss, or use another strategy."
-            )
-        if name in _NOISE and self.draws_noise:  # depends on nothing but the shape, so it is no one's value
-            return func(*map_tensors(_shell, args), **map_tensors(_shell, dict(kwargs)))
-
-        in_place = is_in_place(name, kwargs)
-        out = kwargs.get("out")
-        for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
-            if isinstance(target, Tensor) and not isinstance(target, Ghost):
-                if id(target) in self.written_over:
-                    self.ignore_write(inputs)
-                    return None if name == "__setitem__" else target
-                raise GhostError(
-                    f"`{name}` writes {inputs[0].describe()} in place into a tensor that does not come from the model."
-                    " A stage that does not own the value cannot do that: build the result with `torch.cat`,"
-                    " `torch.stack` or `torch.where` instead."
-                )
-
-        fakes = {id(g.fake): g for g in inputs}
-        key = None if in_place else self.key(func, args, kwargs)
-        result = None if key is None else self._results.get(key)
-        if result is not None:
-            fakes = {}  # what was kept may be what an input shows, and yet it is a new tensor
-        else:
-            try:
-                with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, self.around(func):
-                    result = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                raise GhostRead(inputs[0], name) from None
-            if key is not None and not any(id(fake) in fakes for fake in tensors_in(result)):
-                self._results[key] = result
-        needs_grad = (
-            torch.is_grad_enabled()
-            and name not in _CUTS_GRAPH
-            and any(
-                t.needs_grad if isinstance(t, Ghost) else t.requires_grad for t in tensors_in((args, kwargs), Tensor)
-            )
-        )
-        outputs: list[Ghost] = []
-        latest = max(inputs, key=lambda ghost: ghost.stage)
-
-        def wrap(fake: Tensor) -> Ghost:
-            ghost = fakes.get(id(fake))
-            if ghost is None:
-                differentiable = fake.is_floating_point() or fake.is_complex()
-                requires_grad = needs_grad and differentiable
-                ghost = Ghost(fake, self, latest.origin, requires_grad, latest.stage)  # type: ignore[arg-type]
-            outputs.append(ghost)
-            return ghost
-
-        result = map_tensors(wrap, result)
-        changed = subject if in_place and isinstance(subject, Ghost) else None
-        if changed is not None:
-            changed.needs_grad |= needs_grad
-            changed.stage = latest.stage
-            if changed not in _Identity(outputs):
-                outputs.append(changed)
-        self.observe(func, inputs, outputs, changed)
-        return result
-
-
-class _Identity:
-    """Membership by identity: ``==`` on tensors compares values."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.ids = {id(item) for item in items}
-
-    def __contains__(self, item: Any) -> bool:
-        return id(item) in self.ids
-
-
-def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of that name changes its first argument."""
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
-
-
 def looks_of(obj: Any) -> Any:
     """A key for the nest ``obj``: its structure, what its tensors look like, and its plain values.
 
@@ -335,14 +169,6 @@ def looks_of(obj: Any) -> Any:
     return type(obj), *((name, value) for name, value in attributes.items() if isinstance(value, PLAIN))
 
 
-def _first_ghost(args: Any, kwargs: Any) -> Ghost:
-    return tensors_in((args, kwargs), Ghost)[0]
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    return tensor.fake if isinstance(tensor, Ghost) else tensor.detach()
-
-
 def realised(nest: Any) -> Any:
     """``nest`` with their values in the place of bound ghosts, also in its containers; waits for them if need be."""
     return replace_leaves(_realise, nest)
@@ -352,97 +178,5 @@ def _realise(leaf: Any) -> Any:
     return leaf.received() if isinstance(leaf, Ghost) and leaf.bound else leaf
 
 
-def _numbered(index: Any) -> Any:
-    """``index`` with places in the stead of real masks, so that the shape of what they select is known."""
-
-    def one(item: Any) -> tuple[Any, ...]:
-        is_mask = isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) and not isinstance(item, Ghost)
-        return item.nonzero(as_tuple=True) if is_mask and item.dim() else (item,)
-
-    parts = index if isinstance(index, tuple) else (index,)
-    numbered = tuple(part for item in parts for part in one(item))
-    if len(numbered) == len(parts) and all(a is b for a, b in zip(numbered, parts)):
-        return index
-    return numbered if len(numbered) != 1 or isinstance(index, tuple) else numbered[0]
-
-
-def _shell(tensor: Tensor) -> Tensor:
-    """A real tensor with the looks of a ghost and undefined values."""
-    if not isinstance(tensor, Ghost):
-        return tensor
-    fake = tensor.fake
-    return torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device)
-
-
-def _set_attribute(ghost: Ghost, attribute: str, value: Any) -> None:
-    if attribute == "requires_grad":
-        ghost.needs_grad = bool(value)
-    elif attribute not in ("grad",):
-        raise GhostRead(ghost, f"assignment to .{attribute}")
-
-
-def _requires_grad_(ghost: Ghost, requires_grad: bool = True) -> Ghost:
-    ghost.needs_grad = requires_grad
-    return ghost
-
-
-class _NoHandle:
-    def remove(self) -> None: ...
-
-
-def _metadata(attribute: str) -> Callable[[Ghost], Any]:
-    def get(ghost: Ghost) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return getattr(ghost.fake, attribute)
-
-    return get
-
-
-# Answered without waiting for a bound value and without counting as an operation.
-_METADATA: dict[str, Callable[[Ghost], Any]] = {
-    **{
-        name: _metadata(name)
-        for name in """
-        shape dtype device ndim layout itemsize nbytes names
-        is_cpu is_cuda is_meta is_mkldnn is_mps is_nested is_quantized is_sparse is_xpu
-        """.split()  # noqa: SIM905
-    },
-    "requires_grad": lambda ghost: ghost.needs_grad,
-    "is_leaf": lambda ghost: not ghost.needs_grad,
-    "grad": lambda ghost: None,
-    "grad_fn": lambda ghost: None,
-    "_version": lambda ghost: 0,
-}
-
-_SPECIAL: dict[str, Callable[..., Any]] = {
-    "size": lambda ghost, *args, **kwargs: ghost.fake.size(*args, **kwargs),
-    "dim": lambda ghost: ghost.fake.dim(),
-    "numel": lambda ghost: ghost.fake.numel(),
-    "is_floating_point": lambda ghost: ghost.fake.is_floating_point(),
-    "is_complex": lambda ghost: ghost.fake.is_complex(),
-    "element_size": lambda ghost: ghost.fake.element_size(),
-    "__hash__": id,
-    "__len__": lambda ghost: ghost.fake.size(0),
-    "__repr__": lambda ghost, **_: Ghost.__repr__(ghost),
-    "requires_grad_": _requires_grad_,
-    "retain_grad": lambda ghost: None,
-    "register_hook": lambda ghost, hook: _NoHandle(),
-    "__deepcopy__": Ghost.__deepcopy__,
-    "__reduce_ex__": Ghost.__reduce_ex__,
-}
-
-_READS = frozenset(
-    """
-    item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __format__ __contains__ __str__
-    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__
-    """.split()  # noqa: SIM905
-)
-_IN_PLACE = frozenset(
-    """
-    __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__
-    __ixor__ __ilshift__ __irshift__
-    """.split()  # noqa: SIM905
-)
-_CHANGES_LEAF = frozenset(("requires_grad_", "retain_grad", "__set__"))
-_CUTS_GRAPH = frozenset(("detach", "detach_"))
-_NOISE = frozenset(("rand_like", "randn_like", "randint_like"))
+def _first_ghost(args: Any, kwargs: Any) -> Ghost:
+    return tensors_in((args, kwargs), Ghost)[0]

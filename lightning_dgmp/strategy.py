@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,28 +19,26 @@ from lightning_dgmp.callbacks import adapt_callbacks, reads_outputs
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.evaluation import Evaluation
+from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
     MisconfigurationException,
     StrategyRegistry,
-    TorchCheckpointIO,
     Trainer,
     TrainerFn,
     _augment_message,
     _StrategyRegistry,
-    call,
     default_pg_timeout,
     is_param_in_hook_signature,
     rank_zero_info,
 )
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import clock_at, install_loops
-from lightning_dgmp.mesh import MeshStrategy
 from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
 from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
-from lightning_dgmp.sharded import is_sharded, load_sharded, save_sharded
+from lightning_dgmp.saving import SavingStrategy
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
@@ -52,10 +48,9 @@ from lightning_dgmp.support import check_optimizers, check_supported
 __all__ = ["DelayedMPStrategy"]
 
 _HOST = torch.device("cpu")
-_KEY = "lightning_dgmp"  # of what we add to checkpoints
 
 
-class DelayedMPStrategy(MeshStrategy):
+class DelayedMPStrategy(SavingStrategy):
     """Pipeline model parallelism with delayed gradients.
 
     The model is cut into stages, each device holds one, and no stage waits until the others have finished a batch:
@@ -89,20 +84,18 @@ class DelayedMPStrategy(MeshStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_stages, virtual, timeout, **kwargs)
+        super().__init__(num_stages, virtual, timeout, save_distributed_checkpoint, **kwargs)
         if backward not in ("stash", "recompute", "replay"):
             raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
         self._split_at = None if split_at is None else list(split_at)
         self._backward: BackwardMode = backward
-        self._shards_checkpoints = save_distributed_checkpoint
-        self._loaded_seed: int | None = None
         self._feed: Feed | None = None
         self._undo_callbacks: Callable[[], None] = _nothing
         self._reset_pipeline()
 
     def _reset_pipeline(self) -> None:
         self._plan: Plan | None = None
-        self._pipeline: Pipeline | None = None
+        self._pipeline = None
         self._queues: GradientQueues | None = None
         self._evaluation: Evaluation | None = None
         self._seed = 0
@@ -347,48 +340,11 @@ class DelayedMPStrategy(MeshStrategy):
         The learning rate stays as it is. All stages must call it at the same iteration.
         """
         runner, queues = self.runner, self._queues
-        if queues is not None:
-            self._flush_batches(lambda: queues.num_waiting, queues.drain)
+        if queues is not None and queues.num_waiting:
+            flush_batches(self, lambda: queues.num_waiting, queues.drain)
         elif runner is not None and runner.begin_flush():
-            self._flush_batches(lambda: len(runner.in_flight), lambda _: runner.backward(_no_loss))
+            flush_batches(self, lambda: len(runner.in_flight), lambda _: runner.backward(_no_loss))
             runner.end_flush()
-
-    def _flush_batches(self, num_in_flight: Callable[[], int], backward: Callable[[bool], None]) -> None:
-        """Run ``backward`` until nothing is in flight, with a step where one is due and at the end.
-
-        With accumulation over M batches the count goes on: a step is due when the first stage has the gradients of M.
-        """
-        module = self.lightning_module
-        assert module is not None
-        trainer = module.trainer
-        optimizer = self._lightning_optimizers[0]
-        begun = count = _num_accumulated(trainer)
-        is_open = begun > 0  # whether there are gradients that wait for a step
-
-        def zero_grad() -> None:
-            where = trainer.current_epoch, trainer.fit_loop.batch_idx
-            call._call_lightning_module_hook(trainer, "optimizer_zero_grad", *where, optimizer)
-
-        @torch.enable_grad()
-        def closure() -> Tensor:
-            if not is_open:
-                zero_grad()
-            if num_in_flight():
-                backward(is_open)
-            return self.precision_plugin.post_backward(torch.zeros((), device=self.root_device), module)
-
-        for i in range(self.num_stages - 1):
-            count += 1
-            steps = count % trainer.accumulate_grad_batches == 0 or i == self.num_stages - 2
-            if steps and (is_open or num_in_flight()):
-                # Not by the user's `optimizer_step`, which may count or set learning rates: stages have some or none.
-                optimizer.step(closure)
-                is_open = False
-            elif num_in_flight():
-                closure()
-                is_open = True
-        if begun:  # Lightning goes on with the accumulation
-            zero_grad()
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -471,59 +427,6 @@ class DelayedMPStrategy(MeshStrategy):
         if self._feed is not None:
             self._feed.settle()
 
-    # ----- checkpoints
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        if self._shards_checkpoints and self._pipeline is not None:
-            self.flush()
-            return self._pipeline.own_state_dict()
-        with self.whole_model():
-            return super().lightning_module_state_dict()
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self._pipeline is not None:
-            self.flush()
-            optimizer = getattr(optimizer, "_optimizer", optimizer)
-            state = self._pipeline.optimizer_state(optimizer, only_own=self._shards_checkpoints)
-            if state is not None:
-                return state
-        return super().optimizer_state(optimizer)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self.num_stages > 1:
-            checkpoint[_KEY] = {"seed": self._seed}  # from which the random numbers of all epochs and steps follow
-        if self._shards_checkpoints:
-            group = None if self._world is None else self._world.group
-            save_sharded(checkpoint, Path(filepath), group, self.is_global_zero, self.barrier)
-            return
-        is_plain = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
-        if not is_plain:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-        elif self.is_global_zero:  # a kill at any moment leaves the previous file
-            partial_path = f"{filepath}.part"
-            super().save_checkpoint(checkpoint, partial_path, storage_options)
-            os.replace(partial_path, filepath)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
-                return load_sharded(Path(checkpoint_path), *args, **kwargs)
-            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        except (RuntimeError, EOFError) as error:  # of torch, which does not say of which file
-            raise RuntimeError(
-                f"The checkpoint `{checkpoint_path}` cannot be read: {error} If it is not whole, copy it again, or"
-                " resume from an earlier one."
-            ) from error
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(checkpoint, strict)
-        self._loaded_seed = checkpoint.get(_KEY, {}).get("seed")
-
     # ----- the end
 
     @override
@@ -572,13 +475,6 @@ def _same(leaf: Any) -> Any:
 
 def _copy_tensor(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _num_accumulated(trainer: Trainer) -> int:
-    """Over how many batches gradients have been accumulated since the last step."""
-    if not trainer.fit_loop._should_accumulate():
-        return 0
-    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.accumulate_grad_batches)
 
 
 def _no_loss() -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, is_in_place, realised
+from lightning_dgmp.ghost import PLAIN, Ghost, realised
 from lightning_dgmp.nests import Form, leaves, tensors_in
+from lightning_dgmp.operations import GhostMode, is_in_place
 
 __all__ = ["Lender", "StandIns"]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
+from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
 from lightning_dgmp.nests import leaves, map_leaves
+from lightning_dgmp.operations import GhostMode
 
 CPU = torch.device("cpu")
 

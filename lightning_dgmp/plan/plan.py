@@ -59,7 +59,7 @@ class Plan:
         transfers: What travels in every step, in order.
         last_events: For each stage the last moment of the step that concerns it; ``None``: the step's end.
         runs_on: The stages that run a step to its end, without computing, because it keeps something after their
-            last event.
+            last event. A stage's own affair, which others need not agree on: code for rank 0 keeps things on rank 0.
         toggled: Attributes of modules, by path and name, that the step changes and changes back.
         stages: One summary a stage.
     """
@@ -104,7 +104,7 @@ class Plan:
     def digest(self) -> str:
         """A fingerprint, to check that all ranks made the same plan."""
         owners = sorted(self._parameters.items()), sorted(self.modules.items(), key=str)
-        content = repr((owners, sorted(self.visible), self.transfers, self.last_events, sorted(self.runs_on)))
+        content = repr((owners, sorted(self.visible), self.transfers, self.last_events))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def table(self) -> str:

@@ -28,8 +28,9 @@ from lightning_dgmp.calls import (
     intercepted_calls,
     no_backward_hooks,
 )
-from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
+from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
 from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
+from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
 

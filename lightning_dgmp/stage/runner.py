@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.ghost import Ghost, GhostError, GhostMode, GhostRead
+from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
 from lightning_dgmp.nests import map_tensors, tensors_in
+from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.plan.restore import attributes_of_now
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_dgmp.calls import no_backward_hooks
-from lightning_dgmp.ghost import PLAIN, Ghost, GhostMode, looks_of
+from lightning_dgmp.ghost import PLAIN, Ghost, looks_of
 from lightning_dgmp.nests import is_same, leaves, map_leaves, marks, replace_leaves, tensors_in
+from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.restore import attributes_saved, is_object_of_user
 
 __all__ = ["Skips", "remove_ghosts"]

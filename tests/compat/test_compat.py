@@ -16,7 +16,6 @@ from tests.pool import Failure, WorkerPool
 REFUSALS = {"PlanError", "GhostError", "MisconfigurationException"}
 
 
-
 def stories(pool: WorkerPool, name: str, strategy: dict[str, Any] | None, devices: int, folder: Path) -> list[Any]:
     """The story on each rank, or its :class:`~tests.pool.Failure`."""
     return pool.try_run(whole_story, devices, name, strategy, devices, str(folder), timeout=120)

@@ -1,0 +1,108 @@
+"""Checkpoints: what Lightning saves and loads of a model whose parts are on several processes."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dgmp.host import TorchCheckpointIO
+from lightning_dgmp.mesh import MeshStrategy
+from lightning_dgmp.pipeline import Pipeline
+from lightning_dgmp.sharded import is_sharded, load_sharded, save_sharded
+
+__all__ = ["SavingStrategy"]
+
+_KEY = "lightning_dgmp"  # of what we add to checkpoints
+
+
+class SavingStrategy(MeshStrategy):
+    """Saves ordinary Lightning files with the whole model, or folders into which each process writes what it holds.
+
+    Args:
+        num_stages: See :class:`~lightning_dgmp.mesh.MeshStrategy`.
+        virtual: See there.
+        timeout: See there.
+        is_sharded: Whether checkpoints are folders.
+        **kwargs: See there.
+    """
+
+    def __init__(
+        self,
+        num_stages: int | Literal["auto"],
+        virtual: bool,
+        timeout: timedelta | None,
+        is_sharded: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_stages, virtual, timeout, **kwargs)
+        self._is_sharded = is_sharded
+        self._pipeline: Pipeline | None = None
+        self._seed = 0
+        self._loaded_seed: int | None = None
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Let nothing be in flight."""
+
+    @abstractmethod
+    def whole_model(self) -> AbstractContextManager[None]:
+        """Flush, and give every process the whole model meanwhile."""
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._is_sharded and self._pipeline is not None:
+            self.flush()
+            return self._pipeline.own_state_dict()
+        with self.whole_model():
+            return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self._pipeline is not None:
+            self.flush()
+            optimizer = getattr(optimizer, "_optimizer", optimizer)
+            state = self._pipeline.optimizer_state(optimizer, only_own=self._is_sharded)
+            if state is not None:
+                return state
+        return super().optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.num_stages > 1:
+            checkpoint[_KEY] = {"seed": self._seed}  # from which the random numbers of all epochs and steps follow
+        if self._is_sharded:
+            group = None if self._world is None else self._world.group
+            save_sharded(checkpoint, Path(filepath), group, self.is_global_zero, self.barrier)
+            return
+        is_plain = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
+        if not is_plain:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        elif self.is_global_zero:  # a kill at any moment leaves the previous file
+            partial_path = f"{filepath}.part"
+            super().save_checkpoint(checkpoint, partial_path, storage_options)
+            os.replace(partial_path, filepath)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
+                return load_sharded(Path(checkpoint_path), *args, **kwargs)
+            return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        except (RuntimeError, EOFError) as error:  # of torch, which does not say of which file
+            raise RuntimeError(
+                f"The checkpoint `{checkpoint_path}` cannot be read: {error} If it is not whole, copy it again, or"
+                " resume from an earlier one."
+            ) from error
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        self._loaded_seed = checkpoint.get(_KEY, {}).get("seed")
