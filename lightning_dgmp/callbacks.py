@@ -107,4 +107,4 @@ def reads_outputs(step: str, module: LightningModule) -> bool:
     listeners = [module, *module.trainer.callbacks]  # type: ignore[attr-defined]
     if step == "predict_step" and any(isinstance(listener, BasePredictionWriter) for listener in listeners):
         return True
-    return any(is_of_user(getattr(type(x), hook).__module__) for x in listeners)
+    return any(is_of_user(getattr(getattr(x, hook), "__module__", "")) for x in listeners)

@@ -75,8 +75,9 @@ class Feed:
         return self._stand_ins.read(nest)
 
     def settle(self) -> None:
-        """Fetch what somebody has kept of batches and not read: soon nobody can be asked."""
+        """Fetch what somebody has kept of batches and not read, while stage 0 waits: soon nobody can be asked."""
         self._stand_ins.settle()
+        self.share(None, "the end of the data")
 
     def _received(self) -> Iterator[Any]:
         while (message := self._receive()).extra:

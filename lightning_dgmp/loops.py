@@ -197,7 +197,7 @@ class _DelayedFitLoop(_WithStrategy, _FitLoop):
 
     @override
     def on_run_end(self) -> None:
-        if not self._strategy.has_begun:
+        if not self._strategy.has_begun and self.epoch_loop.total_batch_idx < 0:  # nor before, as a resumed run may
             raise MisconfigurationException(_NO_BATCH)
         self._strategy.finish_training()
         super().on_run_end()

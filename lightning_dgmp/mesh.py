@@ -151,13 +151,15 @@ class MeshStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
-        if self._replicas is not None:
-            self._replicas.close()
-            self._replicas = None
-        super().teardown()
+        try:
+            if self._transport is not None:
+                self._transport.close()
+                self._transport = None
+        finally:
+            if self._replicas is not None:
+                self._replicas.close()
+                self._replicas = None
+            super().teardown()
 
     def step_among_replicas(self) -> AbstractContextManager[None]:
         """Around a step: collectives without a group concern the replicas."""

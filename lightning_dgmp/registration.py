@@ -31,21 +31,27 @@ def register() -> None:
 class _Watch(MetaPathFinder):
     """Registers the strategy when a Lightning has been imported."""
 
+    _is_looking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _HOSTS:
+        if fullname not in _HOSTS or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_looking = False
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
             return spec
         loader: Any = spec.loader
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             loader.exec_module = execute
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             execute(module)
             if "lightning_dgmp.host" not in sys.modules:  # which is what imports it, otherwise
                 importlib.import_module("lightning_dgmp.strategy")

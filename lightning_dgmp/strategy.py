@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.callbacks import adapt_callbacks, reads_outputs
 from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.clipping import clipping_by_total_norm, clips_by_norm
 from lightning_dgmp.data import Feed, check_sampler
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.flush import flush_batches
@@ -40,6 +41,7 @@ from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.saving import SavingStrategy
 from lightning_dgmp.signals import Signals
+from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.virtual import GradientQueues
@@ -97,6 +99,7 @@ class DelayedMPStrategy(SavingStrategy):
         self._plan: Plan | None = None
         self._pipeline = None
         self._queues: GradientQueues | None = None
+        self._notes: VirtualNotes | None = None
         self._evaluation: Evaluation | None = None
         self._seed = 0
         self._num_steps = 0
@@ -215,6 +218,8 @@ class DelayedMPStrategy(SavingStrategy):
         rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
         if self._world is None or self._transport is None:
             self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan)
+            if clips_by_norm(module):
+                self._notes = VirtualNotes(self.num_stages, self.root_device)
             return
         self._pipeline = Pipeline(
             module,
@@ -228,6 +233,8 @@ class DelayedMPStrategy(SavingStrategy):
             seed=self._seed,
             first_batch=module.trainer.fit_loop.epoch_loop.total_batch_idx,
         )
+        if clips_by_norm(module):
+            self._pipeline.runner.notes = StageNotes(self.stage, self.num_stages, self.root_device)
         self._interception.use(self._pipeline.runner)
         self._evaluation = None  # what was planned with the whole model
 
@@ -308,12 +315,17 @@ class DelayedMPStrategy(SavingStrategy):
         def of_loss() -> None:
             self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
 
+        is_step = not module.trainer.fit_loop._should_accumulate()
         if queues is not None:
+            if self._notes is not None:
+                self._notes.begin()
             queues.set_aside()
             of_loss()
             queues.exchange()
+            self._note_norms(is_step)
         elif runner is not None and runner.due:
-            runner.backward(of_loss)
+            with self.step_among_replicas():
+                runner.backward(of_loss, is_step)
         return self.precision_plugin.post_backward(loss, module)
 
     @override
@@ -325,14 +337,30 @@ class DelayedMPStrategy(SavingStrategy):
         **kwargs: Any,
     ) -> Any:
         if self.runner is None:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
+            with self._clipping():
+                return super().optimizer_step(optimizer, closure, model, **kwargs)
         result = closure()
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
+            with self._clipping():
+                return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
         # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
         # not cope with that, and a scheduler wants to see it.
         optimizer.step(lambda: result)
         return result
+
+    def _note_norms(self, is_step: bool) -> None:
+        """With virtual stages: note the norms of the gradients that are there after an iteration."""
+        if self._notes is not None and self._queues is not None:
+            self._notes.note(self._queues.gradients() if is_step else [[]] * self.num_stages, self._queues.had_backward)
+
+    def _clipping(self) -> AbstractContextManager[None]:
+        """Around a step: clipping by norm takes that of all stages."""
+        runner, queues, notes = self.runner, self._queues, self._notes
+        if runner is not None and runner.notes is not None:
+            return clipping_by_total_norm([(list(runner.own.values()), runner.notes.total_norm)])
+        if queues is not None and notes is not None:
+            return clipping_by_total_norm([(own, partial(notes.total_norm, k)) for k, own in enumerate(queues.stages)])
+        return nullcontext()
 
     def flush(self) -> None:
         """Run the outstanding backwards and steps, without new forwards, until nothing is in flight.
@@ -341,9 +369,24 @@ class DelayedMPStrategy(SavingStrategy):
         """
         runner, queues = self.runner, self._queues
         if queues is not None and queues.num_waiting:
-            flush_batches(self, lambda: queues.num_waiting, queues.drain)
+            if self._notes is not None:
+                self._notes.begin()
+
+            def drain(is_open: bool, is_step: bool) -> None:
+                queues.drain(is_open)
+                self._note_norms(is_step)
+
+            flush_batches(self, lambda: queues.num_waiting, drain)
         elif runner is not None and runner.begin_flush():
-            flush_batches(self, lambda: len(runner.in_flight), lambda _: runner.backward(_no_loss))
+
+            def backward(is_open: bool, is_step: bool) -> None:
+                if runner.in_flight:
+                    with self.step_among_replicas():
+                        runner.backward(_no_loss, is_step)
+                elif is_step and is_open:
+                    runner.note_norm()
+
+            flush_batches(self, lambda: len(runner.in_flight), backward)
             runner.end_flush()
 
     @contextmanager
@@ -444,6 +487,9 @@ class DelayedMPStrategy(SavingStrategy):
     @override
     def teardown(self) -> None:
         self._undo_callbacks()
+        interception = getattr(self, "_interception", None)  # which setup makes
+        if interception is not None:
+            interception.use(None)
         super().teardown()
 
     @classmethod

@@ -63,17 +63,6 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
             f"{strategy} does not support `precision='16-mixed'` yet, because each stage would scale its loss alone."
             " Use `precision='bf16-mixed'`."
         )
-    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm"):
-        raise MisconfigurationException(
-            f"{strategy} does not support clipping by norm yet, because a stage knows only its own gradients, but"
-            f" `gradient_clip_val={trainer.gradient_clip_val}`. Use `gradient_clip_algorithm='value'`."
-        )
-    if not virtual and is_overridden("configure_gradient_clipping", module):
-        raise MisconfigurationException(
-            f"{strategy} does not support clipping by the user yet, because a stage knows only its own gradients, but"
-            f" `{type(module).__name__}` overrides `configure_gradient_clipping`. Use `gradient_clip_val` with"
-            " `gradient_clip_algorithm='value'`."
-        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, callbacks.LearningRateFinder):
             raise MisconfigurationException(

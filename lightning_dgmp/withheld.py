@@ -35,8 +35,7 @@ class Lender:
 
     def __init__(self, stages: Iterable[int]) -> None:
         self._read: dict[int, set[tuple[int, int]]] = {stage: set() for stage in stages}  # by loader and place
-        self._done = dict.fromkeys(self._read, 0)
-        self._kept: dict[int, tuple[int, list[Tensor]]] = {}
+        self._kept: dict[int, tuple[int, list[Tensor], set[int]]] = {}  # the loader, and who may ask
         self._lock = Lock()
 
     def share(self, number: int, loader: int, tensors: list[Tensor]) -> dict[int, list[Tensor | None]]:
@@ -46,14 +45,15 @@ class Lender:
                 stage: [t if t.nbytes < _SMALL or (loader, i) in read else None for i, t in enumerate(tensors)]
                 for stage, read in self._read.items()
             }
-            if any(t is None for share in shares.values() for t in share):
-                self._kept[number] = loader, tensors
+            lacking = {stage for stage, share in shares.items() if any(t is None for t in share)}
+            if lacking:
+                self._kept[number] = loader, tensors, lacking
         return shares
 
     def lend(self, stage: int, number: int, leaf: int, always: bool) -> Tensor:
         """The tensor that ``stage`` asks for; ``always``: it will read those of later batches too."""
         with self._lock:
-            loader, tensors = self._kept[number]
+            loader, tensors, _ = self._kept[number]
             if always:
                 self._read[stage].add((loader, leaf))
         return tensors[leaf]
@@ -61,9 +61,10 @@ class Lender:
     def release(self, stage: int, number: int) -> None:
         """Note that ``stage`` will not ask for batches before ``number``."""
         with self._lock:
-            self._done[stage] = number
-            for old in [n for n in self._kept if n < min(self._done.values())]:
-                del self._kept[old]
+            for old in [n for n in self._kept if n < number]:
+                self._kept[old][2].discard(stage)
+                if not self._kept[old][2]:
+                    del self._kept[old]
 
 
 class StandIns:

@@ -67,14 +67,16 @@ class WorkerPool:
                 "LOCAL_RANK": str(rank),
                 "NODE_RANK": "0",
             }
-            worker.pipe.send((function, args, kwargs, environment))
+            worker.pipe.send((function, args, kwargs, environment, timeout))
         deadline = time.monotonic() + timeout
         results: list[Any] = []
         for rank, worker in enumerate(workers):
             if not worker.pipe.poll(max(deadline - time.monotonic(), 0)):
-                stacks = "\n".join(f"--- rank {r}\n{w.stacks()}" for r, w in enumerate(workers))
+                ended = [w.pipe.recv()[0] for w in workers[rank + 1 :] if w.pipe.poll(0)]
+                raised = [r.traceback for r in (*results, *ended) if isinstance(r, Failure)]
+                stacks = "\n".join((f"--- rank {r}\n{w.log.read()}" for r, w in enumerate(workers)))
                 self.close()
-                raise AssertionError(f"Rank {rank} did not end within {timeout} s.\n{stacks}")
+                raise AssertionError("\n".join([f"Rank {rank} did not end within {timeout} s.", stacks, *raised]))
             try:
                 result, clean = worker.pipe.recv()
             except EOFError:
@@ -112,12 +114,6 @@ class _Worker:
             self.pipe.recv()
             self._is_ready = True
 
-    def stacks(self) -> str:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(2)
-        return self.log.read()
-
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
@@ -135,17 +131,17 @@ def _work(pipe: Any, log: str) -> None:
     pipe.send("ready")
     while True:
         try:
-            function, args, kwargs, environment = pipe.recv()
+            function, args, kwargs, environment, timeout = pipe.recv()
         except EOFError:
             return
         os.environ.update(environment)
-        faulthandler.unregister(signal.SIGUSR1)  # after a fit, Lightning has put it back to the default
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)  # signals are Lightning's
         result: Any
         try:
             result = function(*args, **kwargs)
         except BaseException as error:
             result = Failure(error)
+        faulthandler.cancel_dump_traceback_later()
         clean = _ends_soon(lambda: any(thread.name.startswith("dgmp-") for thread in threading.enumerate()))
         if dist.is_initialized() and clean:  # what is at work in a thread cannot be destroyed
             dist.destroy_process_group()

@@ -38,31 +38,35 @@ def train_by_hand(
         optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     parameters = [{n: p for n, p in module.named_parameters() if stages[n] == (k,)} for k in range(num_stages)]
     queues: list[deque[dict[str, Tensor]]] = [deque() for _ in parameters]
-    squares: list[list[float]] = [[] for _ in parameters]  # of each stage's newest gradient, by iteration
+    squares = [0.0 for _ in parameters]  # of each stage's newest gradient
+    told: list[list[float]] = [[] for _ in parameters]  # what each stage sent with errors, by iteration
     losses: list[float] = []
 
-    def take(k: int, delay: int) -> None:
-        if len(queues[k]) > delay:
+    def take(k: int, delay: int) -> bool:
+        has_backward = len(queues[k]) > delay
+        if has_backward:
             due = queues[k].popleft()
             for n, p in parameters[k].items():
                 if n in due:
                     p.grad = due[n] if p.grad is None else p.grad + due[n]
+        return has_backward
 
     def step(earlier: list[float]) -> None:
         for k, own in enumerate(parameters):
             if max_norm is not None:
-                history = [squares[j][-1 - (j - k)] if len(squares[j]) > j - k else 0.0 for j in range(k, num_stages)]
-                norm = (sum(earlier[:k]) + sum(history)) ** 0.5
+                later = [told[j][-1 - (j - k)] if len(told[j]) > j - k else 0.0 for j in range(k + 1, num_stages)]
+                norm = (sum(earlier[:k]) + squares[k] + sum(later)) ** 0.5
                 for p in own.values():
                     if p.grad is not None:
                         p.grad = p.grad * min(1.0, max_norm / (norm + 1e-6))
         optimizer.step()
         optimizer.zero_grad()
 
-    def note(k: int, is_step: bool) -> None:
+    def note(k: int, is_step: bool, has_backward: bool) -> None:
         grads = [p.grad for p in parameters[k].values() if p.grad is not None]
-        before = squares[k][-1] if squares[k] else 0.0
-        squares[k].append(sum(float((g**2).sum()) for g in grads) if is_step and grads else before)
+        if is_step and grads:
+            squares[k] = sum(float((g**2).sum()) for g in grads)
+        told[k].append(squares[k] if has_backward else told[k][-1] if told[k] else 0.0)
 
     num_batches, count = len(replicas[0]), 0
     for t in range(num_batches):
@@ -76,24 +80,22 @@ def train_by_hand(
                     gradients[n] = gradients[n] + grad if n in gradients else grad
             if r == 0:
                 losses.append(loss.item())
-        earlier = [s[-1] if s else 0.0 for s in squares]
+        earlier = list(squares)
         count += 1
         is_step = count % accumulate == 0 or t == num_batches - 1
         for k in range(num_stages):
             queues[k].append({n: gradients[n] for n in parameters[k] if n in gradients})
-            take(k, num_stages - 1 - k)
-            note(k, is_step)
+            note(k, is_step, take(k, num_stages - 1 - k))
         if is_step:
             step(earlier)
             count = 0
             if scheduler is not None:
                 scheduler.step()
-    earlier = [s[-1] if s else 0.0 for s in squares]
+    earlier = list(squares)
     for i in range(num_stages - 1):
         is_step = (i + 1) % accumulate == 0 or i == num_stages - 2
         for k in range(num_stages):
-            take(k, 0)
-            note(k, is_step)
+            note(k, is_step, take(k, 0))
         if is_step:
             step(earlier)
     return losses

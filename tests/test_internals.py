@@ -72,9 +72,10 @@ def test_the_trainer_has_what_is_set() -> None:
     assert "strategy.on_exception" in inspect.getsource(_interrupt)
 
 
-def test_collectives_look_up_the_default_group() -> None:
+def test_collectives_look_up_the_world() -> None:
+    assert isinstance(vars(c10d._WorldMeta)["WORLD"], property)
     assert "_get_default_group()" in inspect.getsource(c10d.all_reduce)
-    assert "_get_default_group()" in inspect.getsource(c10d.get_world_size) + inspect.getsource(c10d._get_group_size)
+    assert "GroupMember.WORLD" in inspect.getsource(c10d._get_default_group)
 
 
 def test_metrics_look_up_how_to_gather() -> None:

@@ -95,8 +95,11 @@ def test_the_lender_keeps_what_may_be_asked_for() -> None:
     shares = lender.share(1, 7, [large, small])
     assert [[t is None for t in shares[stage]] for stage in (1, 2)] == [[True, False], [False, False]]
     assert all(t is None for t in [lender.share(2, 8, [large])[2][0]])  # of another loader
-    lender.release(1, 2)
-    assert lender.lend(2, 1, 0, always=False) is large
-    lender.release(2, 2)
+    lender.release(1, 1)
+    assert lender.lend(2, 0, 0, always=False) is large
+    lender.release(2, 1)
     with pytest.raises(KeyError):
-        lender.lend(2, 1, 0, always=False)
+        lender.lend(2, 0, 0, always=False)
+    lender.release(1, 2)  # stage 2 has got all of this batch
+    with pytest.raises(KeyError):
+        lender.lend(1, 1, 0, always=False)

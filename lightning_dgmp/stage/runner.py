@@ -18,6 +18,7 @@ from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.plan.restore import attributes_of_now
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
+from lightning_dgmp.stage.notes import StageNotes
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
@@ -93,6 +94,7 @@ class StageRunner:
         self._toggled = [(root.get_submodule(path).__dict__, name) for path, name in plan.toggled]
         self._forward: Forward | None = None
         self._is_backward = False
+        self.notes: StageNotes | None = None  # if norms are to ride along
 
     # ----- the two halves of an iteration
 
@@ -116,6 +118,8 @@ class StageRunner:
             result = self._run(forward)
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
+        if self.notes is not None and self.stage > 0:
+            self.notes.from_earlier(_notes_in(record.received[self.stage - 1]))
         if self.stage == 0:
             self.granted, self._wishes = self._wishes, Wish(0)
         else:
@@ -161,6 +165,8 @@ class StageRunner:
                 t is not None and (t.requires_grad if has_graph else t.is_floating_point() or t.is_complex())
                 for t in sent
             ]
+            if self.notes is not None and target == self.stage + 1:
+                tensors.append(self.notes.to_later())
             message = Message(record.batch, self.granted, tensors, differentiable=wants)
             self.transport.send(ACTIVATIONS, target, message)
 
@@ -169,11 +175,12 @@ class StageRunner:
         """Whether the oldest batch in flight has its backward in this iteration."""
         return len(self.in_flight) > self.delay
 
-    def backward(self, of_loss: Callable[[], Any]) -> None:
+    def backward(self, of_loss: Callable[[], Any], is_step: bool = True) -> None:
         """Run this stage's part of the backward of the oldest batch in flight.
 
         Args:
             of_loss: Runs the backward from the loss; called on the last stage alone.
+            is_step: Whether a step of the optimizer follows.
         """
         record = self.in_flight.popleft()
         with ExitStack() as stack:
@@ -190,11 +197,15 @@ class StageRunner:
                 of_loss() if self.is_last else self._backward_from_errors(record)
             finally:
                 self._is_backward = False
+        if is_step:
+            self.note_norm()
         for source, count in self._wiring.sources.items():
             errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
             wishes = Wish(0)
             if source == self.stage - 1:  # one way for each, or it would be granted twice
                 wishes, self._wishes = self._wishes, wishes
+                if self.notes is not None:
+                    errors.append(self.notes.to_earlier())
             self.transport.send(ERRORS, source, Message(record.batch, wishes, errors))
 
     def _backward_from_errors(self, record: InFlight) -> None:
@@ -203,6 +214,8 @@ class StageRunner:
         for target, count in self._wiring.targets.items():
             message = self.transport.receive(ERRORS, target, record.batch)
             self.request(Wish(message.wishes))
+            if self.notes is not None and target == self.stage + 1:
+                self.notes.from_later(_notes_in(message))
             for slot, error in enumerate(message.tensors[:count]):
                 root = record.exits.get((target, slot))
                 if root is not None and error is not None and root.requires_grad:
@@ -210,6 +223,11 @@ class StageRunner:
                     errors.append(error)
         if roots:
             torch.autograd.backward(roots, errors)
+
+    def note_norm(self) -> None:
+        """Let the others know the norm of this stage's gradients, with the next messages."""
+        if self.notes is not None:
+            self.notes.note(p.grad for p in self.own.values() if p.grad is not None)
 
     def begin_flush(self) -> bool:
         """Agree with the neighbours that no more forwards come for now.
@@ -223,10 +241,13 @@ class StageRunner:
         if self._flushed_at == self.num_forwards:
             return False
         self._flushed_at = self.num_forwards
-        for target in self._wiring.targets:
-            self.transport.send(ACTIVATIONS, target, Message(self.num_forwards, 0, [], flush=True))
         for source in self._wiring.sources:
-            self.transport.receive(ACTIVATIONS, source, self.num_forwards, flush=True)
+            message = self.transport.receive(ACTIVATIONS, source, self.num_forwards, flush=True)
+            if self.notes is not None and source == self.stage - 1:
+                self.notes.from_earlier(_notes_in(message))
+        for target in self._wiring.targets:
+            notes: list[Tensor | None] = [] if self.notes is None else [self.notes.to_later()]
+            self.transport.send(ACTIVATIONS, target, Message(self.num_forwards, 0, notes, flush=True))
         return True
 
     def end_flush(self) -> None:
@@ -315,3 +336,9 @@ class StageRunner:
                         f" {buffer.describe()}. A module whose parts are on several stages must not keep such values in"
                         " a buffer; move it into the module that makes the value."
                     )
+
+
+def _notes_in(message: Message) -> Tensor:
+    notes = message.tensors[-1]
+    assert notes is not None
+    return notes

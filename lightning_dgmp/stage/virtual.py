@@ -28,11 +28,16 @@ class GradientQueues:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
         self._delays = delays_of(plan.num_stages)
-        self._stages: list[list[nn.Parameter]] = [[] for _ in self._delays]
+        self.stages: list[list[nn.Parameter]] = [[] for _ in self._delays]
         for name, parameter in parameters.items():
-            self._stages[plan.stage_of(name)[0]].append(parameter)
+            self.stages[plan.stage_of(name)[0]].append(parameter)
         self._waiting: list[deque[list[Tensor | None]]] = [deque() for _ in self._delays]
         self._kept: dict[nn.Parameter, Tensor] = {}
+        self.had_backward = [False] * len(self._delays)  # which stages, in the last iteration
+
+    def gradients(self) -> list[list[Tensor]]:
+        """What is ``.grad`` now, for each stage."""
+        return [[p.grad for p in parameters if p.grad is not None] for parameters in self.stages]
 
     @property
     def num_waiting(self) -> int:
@@ -41,13 +46,13 @@ class GradientQueues:
 
     def set_aside(self) -> None:
         """Before a backward: put gradients that the user's code has not zeroed apart from those of today."""
-        self._kept = {p: p.grad for parameters in self._stages for p in parameters if p.grad is not None}
+        self._kept = {p: p.grad for parameters in self.stages for p in parameters if p.grad is not None}
         for parameter in self._kept:
             parameter.grad = None
 
     def exchange(self) -> None:
         """Put today's gradients in line and let the due ones, or none, be ``.grad``, with what was set aside."""
-        for parameters, waiting in zip(self._stages, self._waiting):
+        for parameters, waiting in zip(self.stages, self._waiting):
             waiting.append([p.grad for p in parameters])
         self._take(self._delays)
 
@@ -59,12 +64,13 @@ class GradientQueues:
         """
         self.set_aside()
         if not is_open:
-            resting = [p for ps, waiting in zip(self._stages, self._waiting) if not waiting for p in ps]
+            resting = [p for ps, waiting in zip(self.stages, self._waiting) if not waiting for p in ps]
             self._kept = {p: grad for p, grad in self._kept.items() if p not in set(resting)}
         self._take([0] * len(self._delays))
 
     def _take(self, stay: Sequence[int]) -> None:
-        for parameters, waiting, delay in zip(self._stages, self._waiting, stay):
+        self.had_backward = [len(waiting) > delay for waiting, delay in zip(self._waiting, stay)]
+        for parameters, waiting, delay in zip(self.stages, self._waiting, stay):
             due = waiting.popleft() if len(waiting) > delay else [None] * len(parameters)
             for parameter, grad in zip(parameters, due):
                 parameter.grad = _sum(self._kept.get(parameter), grad) if parameter.requires_grad else None

@@ -260,22 +260,7 @@ def test_what_follows_a_read_belongs_to_the_last_stage(pool: WorkerPool) -> None
         torch.testing.assert_close(ours[0].state[name], value, rtol=1e-6, atol=1e-6)
 
 
-def test_clipping_by_norm(pool: WorkerPool) -> None:
-    results = failures(pool, 2, models.MLP, gradient_clip_val=1.0)
-    assert_all_say(results, "does not support clipping by norm yet")
-
-
 # ----- data
-
-
-class ClipsItself(models.MLP):
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-
-
-def test_clipping_by_the_user(pool: WorkerPool) -> None:
-    results = failures(pool, 2, ClipsItself)
-    assert_all_say(results, "does not support clipping by the user yet", "`ClipsItself` overrides")
 
 
 def fit_with_averages() -> Any:

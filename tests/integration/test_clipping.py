@@ -1,0 +1,74 @@
+"""Clipping by the norm of all stages' gradients, and by value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+
+from tests import models
+from tests.pool import Failure, WorkerPool
+from tests.reference import train_by_hand
+from tests.training import assert_equal, fit
+
+MAX_NORM = 0.3
+
+
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "momentum"), (1, "adamw"), (2, "momentum"), (3, "momentum")])
+def test_virtual_stages_clip_as_by_hand(pool: WorkerPool, accumulate: int, optimizer: str) -> None:
+    args: dict[str, Any] = {"module_args": {"optimizer": optimizer}, "accumulate_grad_batches": accumulate}
+    strategy = {"num_stages": 4, "virtual": True}
+    ours = pool.run(fit, 1, models.MLP, models.vectors, strategy, 1, gradient_clip_val=MAX_NORM, **args)[0]
+    seed_everything(7, verbose=False)
+    module = models.MLP(optimizer=optimizer)
+    train_by_hand(module, [list(models.vectors())], ours.stages, 4, accumulate, MAX_NORM)
+    tolerance = 1e-5 if optimizer == "adamw" else 1e-6
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(ours.state[name], p.detach(), rtol=tolerance, atol=tolerance)
+    unclipped = pool.run(fit, 1, models.MLP, models.vectors, strategy, 1, **args)[0]
+    assert any(not torch.allclose(ours.state[name], value, atol=1e-4) for name, value in unclipped.state.items())
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize(("num_stages", "accumulate"), [(2, 1), (4, 1), (4, 3)])
+def test_processes_clip_as_virtual_stages(pool: WorkerPool, num_stages: int, accumulate: int, algorithm: str) -> None:
+    args: dict[str, Any] = {"module_args": {"optimizer": "momentum"}, "accumulate_grad_batches": accumulate}
+    args |= {"gradient_clip_val": 0.05 if algorithm == "value" else MAX_NORM, "gradient_clip_algorithm": algorithm}
+    args |= {"val_check_interval": 7, "limit_train_batches": 25, "make_val_loader": models.vectors}
+    virtual = {"num_stages": num_stages, "virtual": True}
+    expected = pool.run(fit, 1, models.ValidatedMLP, models.vectors, virtual, 1, **args)[0]
+    strategy = {"num_stages": num_stages}
+    ours = pool.run(fit, num_stages, models.ValidatedMLP, models.vectors, strategy, num_stages, **args)[0]
+    assert_equal(ours, expected, 1e-6)
+
+
+class ClipsByHook(models.MLP):
+    """Clips more from epoch to epoch, by Lightning's method or by torch's function."""
+
+    def __init__(self, by_torch: bool = False, what: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.by_torch, self.what = by_torch, what
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        max_norm = MAX_NORM / (1 + self.current_epoch)
+        if self.by_torch:
+            clipped = self.get_submodule(self.what)
+            torch.nn.utils.clip_grad_norm_(clipped.parameters(), max_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val=max_norm, gradient_clip_algorithm="norm")
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_clipping_by_the_user(pool: WorkerPool, by_torch: bool) -> None:
+    args: dict[str, Any] = {"module_args": {"by_torch": by_torch}, "max_epochs": 2}
+    expected = pool.run(fit, 1, ClipsByHook, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, ClipsByHook, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+def test_clipping_a_part_is_refused(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"module_args": {"by_torch": True, "what": "hidden"}}
+    results = pool.try_run(fit, 2, ClipsByHook, models.vectors, {"num_stages": 2}, 2, **args)
+    assert all(isinstance(result, Failure) for result in results)
+    assert all("clips by the norm of all gradients" in result.message for result in results)
