@@ -16,12 +16,14 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.overrides import TorchFunctionMode
 
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostError, GhostRead, looks_of, realised
 from lightning_dgmp.nests import leaves, map_tensors, tensors_in
 
-__all__ = ["GhostMode", "is_in_place"]
+__all__ = ["GhostMode", "is_in_place", "noting_reads"]
 
+_MAX_RESULTS = 10_000
 _FAKES = FakeTensorMode(allow_non_fake_inputs=True)  # one for all, since those of several do not mix
 
 
@@ -37,8 +39,8 @@ class GhostMode:
         self.written_over: set[int] = set()
         #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
         self.draws_noise = True
-        #: Set when a real mask has decided a shape.
-        self.has_read_mask = False
+        #: Set when values of real tensors have decided something.
+        self.has_read_values = False
         self._results: dict[Any, Any] = {}
 
     # ----- making ghosts
@@ -103,7 +105,7 @@ class GhostMode:
             raise GhostRead(inputs[0], name)
         if name == "__getitem__":
             numbered = _numbered(args[1])
-            self.has_read_mask |= numbered is not args[1]
+            self.has_read_values |= numbered is not args[1]
             args = (subject, numbered, *args[2:])
         if func is torch.autograd.grad:
             raise GhostError(
@@ -137,7 +139,13 @@ class GhostMode:
                     result = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
             except (DataDependentOutputException, DynamicOutputShapeException):
                 raise GhostRead(inputs[0], name) from None
+            except RuntimeError as error:
+                if "data is not allocated" in str(error):  # the operation reads a real argument, as of packed sequences
+                    raise GhostRead(inputs[0], name) from None
+                raise
             if key is not None and not any(id(fake) in fakes for fake in tensors_in(result)):
+                if len(self._results) >= _MAX_RESULTS:  # as when every batch brings another number
+                    self._results.clear()
                 self._results[key] = result
         needs_grad = (
             torch.is_grad_enabled()
@@ -177,6 +185,20 @@ class _Identity:
 
     def __contains__(self, item: Any) -> bool:
         return id(item) in self.ids
+
+
+class _NotingReads(TorchFunctionMode):
+    def __init__(self, mode: GhostMode) -> None:
+        self._ghosts = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._ghosts.has_read_values |= getattr(func, "__name__", "") in _READS
+        return func(*args, **(kwargs or {}))
+
+
+def noting_reads(mode: GhostMode) -> AbstractContextManager[Any]:
+    """Note in ``mode.has_read_values`` whether code reads values of real tensors."""
+    return _NotingReads(mode)
 
 
 def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:

@@ -302,10 +302,71 @@ class LoopsOverCells(ThreeBlocks):
         return loss
 
 
+class CountsValues(ThreeBlocks):
+    """What a module returns beside its tensor depends on values of the batch."""
+
+    class kind(Block):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), int((x > 0).sum())
+
+    def features(self, x: Tensor) -> Tensor:
+        h, count = self.first(x)
+        return self.third(self.second(h)) / (1 + count)
+
+
+class Trims(ThreeBlocks):
+    """The number of columns depends on values of the batch, and only the number is used behind the network."""
+
+    class kind(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            return h[:, None].expand(-1, 2 + int(x[:, 0].max() > 1.2), -1)
+
+    def features(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.third(self.second(h.mean(1))) / h.size(1)
+
+
+class Anneals(ThreeBlocks):
+    """A hook sets a temperature of an early module, which returns it."""
+
+    class kind(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = 1.0
+
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), self.temperature
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.first.temperature = 1 / (1 + batch_idx)
+
+    def features(self, x: Tensor) -> Tensor:
+        h, temperature = self.first(x)
+        return self.third(self.second(h)) * temperature
+
+
+class CarriesInADict(ThreeBlocks):
+    """Values of a stage are kept at the end of the step, in a container or in a module, for its next one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cache: dict[str, Any] = {"mean": torch.zeros(8)}
+        self.first.state = torch.zeros(8)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        h = self.first(x) + 0.5 * self.cache["mean"] + 0.5 * self.first.state
+        loss = F.cross_entropy(self.out(self.third(self.second(h))), y)
+        self.cache["mean"] = h.detach().mean(0).tanh()
+        self.first.state = -h.detach().mean(0).square().tanh()
+        return loss
+
+
 HABITS: list[Callable[..., Any]] = [
     RealMask, ByEnum, KeepsMask, CountsInABuffer, FillsAList, ChangesADict, ReturnsADict, AppendsSizes, ScalesTheBatch,
     AddsInPlace, ReturnsTwice, HooksActivations, CountsAtTheEnd, CarriesStates, UnfreezesWhileInFlight, DetachesAtFirst,
-    LoopsOverCells,
+    LoopsOverCells, CountsValues, Trims, Anneals, CarriesInADict,
 ]  # fmt: skip
 
 

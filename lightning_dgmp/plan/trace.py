@@ -37,6 +37,7 @@ from lightning_dgmp.plan.restore import is_plain, untouched
 __all__ = ["trace_step"]
 
 _INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}
+_MAX_ITEMS = 100  # of a container that is looked into
 _SIMPLE = (bool, int, float, str, type(None), Tensor, tuple)
 
 
@@ -268,6 +269,9 @@ class _Tracer(GhostMode):
     def finish(self) -> None:
         """Note what the step has done to attributes."""
         self._look_at_attributes()
+        for module in self._root.modules():  # also of those that did not run at that time
+            if self._kept.have_changed(module):
+                self.trace.touched.append((self._time + 1, -1, None))
         self.trace.toggled = self._toggles.changed_back(self.trace.stopped is not None)
 
     def _look_at_attributes(self) -> None:
@@ -332,10 +336,29 @@ class _Kept:
         """Whether those of ``module`` have changed since the last look."""
         values = {name: v for name, v in vars(module).items() if name not in _INTERNAL and not callable(v)}
         last = self._last.get(id(module), {})
-        self._last[id(module)] = {k: marks(v) if isinstance(v, _SIMPLE) else v for k, v in values.items()}
-        return last.keys() != values.keys() or not all(
-            is_same(last[k], v) if isinstance(v, _SIMPLE) else last[k] is v for k, v in values.items()
-        )
+        self._last[id(module)] = {name: _marks(value) for name, value in values.items()}
+        return last.keys() != values.keys() or any(_is_set_anew(last[name], v) for name, v in values.items())
+
+
+def _marks(value: Any, depth: int = 2) -> Any:
+    if isinstance(value, (dict, list)) and depth and len(value) <= _MAX_ITEMS:
+        if isinstance(value, dict):
+            return {key: _marks(item, depth - 1) for key, item in value.items()}
+        return [_marks(item, depth - 1) for item in value]
+    return marks(value) if isinstance(value, _SIMPLE) else value
+
+
+def _is_set_anew(last: Any, value: Any) -> bool:
+    """Whether a value has changed, but for what lists have got in addition: they collect results."""
+    if isinstance(value, dict) and last is not value:
+        known = isinstance(last, dict) and last.keys() == value.keys()
+        return not known or any(_is_set_anew(last[key], item) for key, item in value.items())
+    if isinstance(value, list) and last is not value:
+        known = isinstance(last, list) and len(last) <= len(value)
+        return not known or any(_is_set_anew(a, b) for a, b in zip(last, value))
+    if isinstance(value, _SIMPLE):
+        return not isinstance(last, list) or not is_same(last, value)
+    return last is not value
 
 
 class _Checkpoints:

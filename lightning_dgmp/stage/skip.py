@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_dgmp.calls import no_backward_hooks
 from lightning_dgmp.ghost import PLAIN, Ghost, looks_of
 from lightning_dgmp.nests import is_same, leaves, map_leaves, marks, replace_leaves, tensors_in
-from lightning_dgmp.operations import GhostMode
+from lightning_dgmp.operations import GhostMode, noting_reads
 from lightning_dgmp.plan.restore import attributes_saved, is_object_of_user
 
 __all__ = ["Skips", "remove_ghosts"]
@@ -37,13 +37,14 @@ class Skips:
     def __init__(self, root: nn.Module, mode: GhostMode) -> None:
         self._root, self._mode = root, mode
         self._templates: dict[Any, _Template] = {}
+        self._settings: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
 
     def outputs(
         self, call: Callable[..., Any], path: str, stage: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What ``call(*args, **kwargs)`` of a module of ``stage`` would return, with ghosts for its tensors."""
         origin = f"`{path}` of stage {stage}"
-        key = (path, torch.is_grad_enabled(), looks_of((args, kwargs)))
+        key = (path, torch.is_grad_enabled(), looks_of((args, kwargs)), self._settings_of(path))
         inputs = leaves((args, kwargs))
         template = self._templates.get(key)
         if template is not None:
@@ -57,9 +58,9 @@ class Skips:
         module = self._root.get_submodule(path)
         restore, before = attributes_saved(module), _real_attributes(module)
         self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
-        self._mode.draws_noise = self._mode.has_read_mask = False  # what happens inside of the module is its owner's
+        self._mode.draws_noise = self._mode.has_read_values = False  # what happens inside of the module is its owner's
         try:
-            with no_backward_hooks(module):
+            with no_backward_hooks(module), noting_reads(self._mode):
                 out = call(*args, **kwargs)
             kept = {
                 key: _copied(value)
@@ -73,7 +74,7 @@ class Skips:
         _keep(module, kept | ghosts)
         has_hooks = any(child._forward_hooks for child in module.modules())  # which may keep what they see
         is_changed = isolation.write_back() or not is_same(before_call, real)
-        if has_hooks or is_changed or kept or self._mode.has_read_mask or isolation.returns_container(out):
+        if has_hooks or is_changed or kept or self._mode.has_read_values or isolation.returns_container(out):
             return isolation.original(out)
         template = _Template(out, stand_ins)
         if template.reusable:
@@ -81,6 +82,15 @@ class Skips:
                 self._templates.clear()
             self._templates[key] = template
         return template.fill(inputs, self._mode, origin, stage)
+
+    def _settings_of(self, path: str) -> tuple[Any, ...]:
+        """The plain attributes of a module and those inside of it, as annealed temperatures and ``training``."""
+        if path not in self._settings:
+            self._settings[path] = [
+                (vars(child), [n for n, v in vars(child).items() if isinstance(v, PLAIN) and _may_change(child, n)])
+                for child in self._root.get_submodule(path).modules()
+            ]
+        return tuple(attributes.get(name) for attributes, names in self._settings[path] for name in names)
 
     def realised(self, nest: Any) -> Any:
         """``nest`` with the values of those ghosts that stand for work of other stages."""
@@ -107,8 +117,15 @@ class _Isolation:
             return copied
         if isinstance(nest, tuple):
             items = [self.copy(item) for item in nest]
-            return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
-        return map_leaves(self._unbound, nest)
+            if all(a is b for a, b in zip(items, nest)):
+                return nest
+            rebuilt = type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
+        else:
+            rebuilt = map_leaves(self._unbound, nest)
+        if rebuilt is not nest:
+            self._alive.append(rebuilt)
+            self._originals[id(rebuilt)] = nest
+        return rebuilt
 
     def _unbound(self, leaf: Any) -> Any:
         if not isinstance(leaf, Ghost) or not leaf.bound:
@@ -124,6 +141,8 @@ class _Isolation:
             return self._originals[id(nest)]
         if isinstance(nest, tuple):
             items = [self.original(item) for item in nest]
+            if all(a is b for a, b in zip(items, nest)):
+                return nest
             return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
         if isinstance(nest, (list, deque, MutableMapping)):
             for key, value in list(nest.items() if isinstance(nest, MutableMapping) else enumerate(nest)):
@@ -195,6 +214,11 @@ class _Template:
             return fresh[id(leaf)]
 
         return map_leaves(one, self.out)
+
+
+def _may_change(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is more than a constant of torch's own modules."""
+    return name == "training" or (name not in _INTERNAL and not type(module).__module__.startswith("torch."))
 
 
 def _real_attributes(module: nn.Module) -> dict[tuple[str, str], tuple[Any, list[Any]]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 
+from lightning_dgmp.stage import skip
 from tests import models
 from tests.habits import HABITS, SPLITS, CheckpointedDropout
 from tests.pool import WorkerPool
@@ -35,3 +38,30 @@ def test_processes_equal_virtual_stages(pool: WorkerPool, model: Any, num_stages
 def test_checkpointing_draws_the_same_again(pool: WorkerPool, backward: str) -> None:
     plain = run(pool, CheckpointedDropout, 3, backward=backward, module_args={"checkpointed": False})
     assert_equal(run(pool, CheckpointedDropout, 3, backward=backward), plain, 1e-6)
+
+
+def fit_and_count_runs(name: str, num_stages: int) -> list[int]:
+    """How often this stage ran modules of others on ghosts, by batch."""
+    from tests.integration.test_equality import MODELS
+
+    runs, save, batches = Counter[int](), skip.attributes_saved, [0]
+
+    def counted(module: Any) -> Any:  # called whenever a module runs on ghosts
+        runs[batches[0]] += 1
+        return save(module)
+
+    class Counts(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            batches[0] = batch_idx
+
+    model, loader = MODELS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skip, "attributes_saved", counted)
+        fit(model, loader, {"num_stages": num_stages}, num_stages, callbacks=[Counts()], limit_train_batches=12)
+    return [runs[i] for i in range(12)]
+
+
+@pytest.mark.parametrize("name", ["the example", "gpt2", "llama", "residual net"])
+def test_ordinary_modules_run_on_ghosts_once_for_each_shape(pool: WorkerPool, name: str) -> None:
+    for runs in pool.run(fit_and_count_runs, 2, name, 2):
+        assert runs.count(0) >= 6, runs
