@@ -20,7 +20,7 @@ from lightning_dgmp.transport import DATA, REQUESTS, Transport
 from lightning_dgmp.wire import Message, Wish
 from lightning_dgmp.withheld import Lender, StandIns
 
-__all__ = ["Feed", "check_sampler"]
+__all__ = ["Feed", "check_sampler", "own_loader"]
 
 
 class Feed:
@@ -49,10 +49,12 @@ class Feed:
         self.ends = False
         self._lender = Lender(range(1, num_stages))
         self._stand_ins, self._num_stages = StandIns(self._ask), num_stages
+        self.is_closed = False
         transport.serve(self._answer)
 
     def wrap(self, loader: Any) -> Any:
         """What takes the place of ``loader``, which must be of the same kind on all stages."""
+        loader = own_loader(loader)
         length = self.share(sized_len(loader) if self.loads else None, "the length of a data loader")
         is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._num_loaders += 1
@@ -60,6 +62,8 @@ class Feed:
 
     def batches(self, loader: Any, key: int) -> Iterator[Any]:
         """The batches of ``loader`` on stage 0, on every stage; ``key`` is the same whenever it begins anew."""
+        if self.is_closed:
+            return iter(loader)
         if not self.loads:
             return self._received()
         with self._loading():
@@ -73,6 +77,10 @@ class Feed:
     def read(self, nest: Any) -> Any:
         """A batch with the values of all its tensors, also of those that this stage would not read."""
         return self._stand_ins.read(nest)
+
+    def close(self) -> None:
+        """Let loaders be their own again: Lightning has put ours into a ``CombinedLoader`` of the user."""
+        self.is_closed = True
 
     def settle(self) -> None:
         """Fetch what somebody has kept of batches and not read, while stage 0 waits: soon nobody can be asked."""
@@ -146,6 +154,13 @@ def _can_be_pickled(leaf: Any) -> bool:
     return True
 
 
+def own_loader(loader: Any) -> Any:
+    """The user's loader, also where ours stands for it already."""
+    while issubclass(type(loader), _SharedLoader):  # whatever its `__class__` says
+        loader = loader.__dict__["_loader"]
+    return loader
+
+
 class _SharedLoader:
     """Stands for a loader: the same attributes, the batches of stage 0."""
 
@@ -160,6 +175,8 @@ class _SharedLoader:
         return self._feed.batches(self._loader, self._key)
 
     def __len__(self) -> int:
+        if self._feed.is_closed:
+            return len(self._loader)
         if self._length is None:
             raise TypeError(f"A {type(self._loader).__name__} has no length.")
         return int(self._length)

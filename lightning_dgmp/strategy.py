@@ -18,7 +18,7 @@ from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.callbacks import adapt_callbacks, reads_outputs
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.clipping import clipping_by_total_norm, clips_by_norm
-from lightning_dgmp.data import Feed, check_sampler
+from lightning_dgmp.data import Feed, check_sampler, own_loader
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
@@ -195,7 +195,7 @@ class DelayedMPStrategy(SavingStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         if self._feed is None:
             return dataloader
-        check_sampler(dataloader, self.data_parallel_size, self.replica)
+        check_sampler(own_loader(dataloader), self.data_parallel_size, self.replica)
         return self._feed.wrap(dataloader)
 
     # ----- the plan
@@ -487,6 +487,9 @@ class DelayedMPStrategy(SavingStrategy):
     @override
     def teardown(self) -> None:
         self._undo_callbacks()
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
         interception = getattr(self, "_interception", None)  # which setup makes
         if interception is not None:
             interception.use(None)

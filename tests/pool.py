@@ -74,7 +74,7 @@ class WorkerPool:
             if not worker.pipe.poll(max(deadline - time.monotonic(), 0)):
                 ended = [w.pipe.recv()[0] for w in workers[rank + 1 :] if w.pipe.poll(0)]
                 raised = [r.traceback for r in (*results, *ended) if isinstance(r, Failure)]
-                stacks = "\n".join((f"--- rank {r}\n{w.log.read()}" for r, w in enumerate(workers)))
+                stacks = "\n".join((f"--- rank {r}\n{w.stacks()}" for r, w in enumerate(workers)))
                 self.close()
                 raise AssertionError("\n".join([f"Rank {rank} did not end within {timeout} s.", stacks, *raised]))
             try:
@@ -113,6 +113,13 @@ class _Worker:
             assert self.pipe.poll(180), "a worker did not start"
             self.pipe.recv()
             self._is_ready = True
+
+    def stacks(self) -> str:
+        """What the worker wrote when its time was up; it may need a moment for that."""
+        deadline = time.monotonic() + 3
+        while not (text := self.log.read()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return text
 
     def kill(self) -> None:
         self.process.kill()

@@ -300,3 +300,28 @@ def test_what_a_stage_does_not_read_does_not_travel(
     assert len(last[1]) < 20  # what has been read once comes by itself
     assert middle[1] == [0]
     assert first[1] == []
+
+
+def use_twice(strategy: Any, devices: int) -> Any:
+    """One `CombinedLoader` for two fits by two trainers, for validations, and for plain Lightning in the end."""
+    x = torch.randn(40, 1200, generator=torch.Generator().manual_seed(5))
+    loaders = {"a": DataLoader(TensorDataset(x, torch.arange(40) % 4), 4), "b": DataLoader(TensorDataset(x[:30]), 3)}
+    loader = CombinedLoader(loaders, "max_size_cycle")
+
+    class Module(models.MLP):
+        def loss(self, batch: Any) -> Tensor:
+            (x, y), (z,) = batch["a"], batch["b"]
+            return super().loss((x[:, :8] + z[:1, :8], y))
+
+    outcomes = [fit(Module, lambda: loader, strategy, devices, max_epochs=2, reload_dataloaders_every_n_epochs=1)]
+    outcomes.append(fit(Module, lambda: loader, strategy, devices))
+    batches = list(loader)
+    assert len(batches) == 10
+    assert all(type(leaf) is Tensor for leaf in leaves(batches[0][0]))
+    return outcomes
+
+
+def test_a_combined_loader_can_be_used_again(pool: WorkerPool) -> None:
+    expected = pool.run(use_twice, 1, {"num_stages": 2, "virtual": True}, 1)[0]
+    for ours, theirs in zip(pool.run(use_twice, 2, {"num_stages": 2}, 2)[0], expected):
+        assert_equal(ours, theirs, 1e-6)
