@@ -104,7 +104,7 @@ class Cuts:
         return (
             f"the parameter `{name}` is used by `{first or 'the step'}` and again by `{again or 'the step'}` after"
             " later modules have run; a parameter on two stages is not supported yet, so untie them (for Hugging Face"
-            " models: `tie_word_embeddings=False`)"
+            " models: `tie_word_embeddings=False`; where that is not enough, give the head a weight of its own)"
         )
 
     def _measure_crossings(self) -> None:
