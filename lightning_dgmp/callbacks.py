@@ -80,7 +80,7 @@ def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> 
             original(trainer, *args, **kwargs)
         since = checkpoint._last_time_checked
         is_time = since is not None and time.monotonic() - since >= interval.total_seconds()
-        if is_time and runner.stage == 0:  # one clock decides
+        if is_time and runner.stage == 0 and strategy.replica == 0:  # one clock decides
             runner.request(Wish.SAVE)
 
     return on_train_batch_end

@@ -9,10 +9,10 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_dgmp.host import MisconfigurationException, sized_len
 from lightning_dgmp.nests import join, leaves, split
@@ -20,7 +20,21 @@ from lightning_dgmp.transport import DATA, REQUESTS, Transport
 from lightning_dgmp.wire import Message, Wish
 from lightning_dgmp.withheld import Lender, StandIns
 
-__all__ = ["Feed", "check_sampler", "own_loader"]
+__all__ = ["Feed", "Together", "check_sampler", "own_loader"]
+
+_END = object()
+
+
+class Together(NamedTuple):
+    """What keeps replicas together that train on different data: a batch that one has and another has not is for none.
+
+    ``shortest(length)`` is the least length of all replicas, ``None`` if there is one without; ``any_ends(ends)`` says
+    on stage 0 whether the data of any replica have ended.
+    """
+
+    is_training: Callable[[], bool]
+    shortest: Callable[[int | None], int | None]
+    any_ends: Callable[[bool], bool]
 
 
 class Feed:
@@ -32,6 +46,7 @@ class Feed:
         num_stages: How many there are.
         loading: What surrounds the work of a loader on stage 0: its random numbers are not those of the training.
         share: ``share(item, what)`` gives all stages the ``item`` of stage 0.
+        together: What the replicas must do alike, if there are several.
     """
 
     def __init__(
@@ -41,8 +56,9 @@ class Feed:
         num_stages: int,
         loading: Callable[[], AbstractContextManager[Any]],
         share: Callable[[Any, str], Any],
+        together: Together | None = None,
     ) -> None:
-        self.loads, self._loading, self.share = stage == 0, loading, share
+        self.loads, self._loading, self.share, self._together = stage == 0, loading, share, together
         self._transport = transport
         self._num_messages = self._num_loaders = 0
         self._is_end_due: Callable[[], bool] = lambda: False
@@ -56,6 +72,8 @@ class Feed:
         """What takes the place of ``loader``, which must be of the same kind on all stages."""
         loader = own_loader(loader)
         length = self.share(sized_len(loader) if self.loads else None, "the length of a data loader")
+        if self._together is not None and self._together.is_training():
+            length = self._together.shortest(length)
         is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self._num_loaders += 1
         return (_StatefulSharedLoader if is_stateful else _SharedLoader)(loader, length, self, self._num_loaders)
@@ -68,7 +86,9 @@ class Feed:
             return self._received()
         with self._loading():
             iterator = iter(loader)
-        return self._loaded(iterator, key)
+        # Lengths are agreed on, but those of streams are guesses.
+        is_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
+        return self._loaded(iterator, key, self._together if is_stream else None)
 
     def let_end(self, is_due: Callable[[], bool]) -> None:
         """Let all stages find :attr:`ends` set after the same batch, soon after ``is_due`` holds on stage 0."""
@@ -97,13 +117,15 @@ class Feed:
                 self._transport.send(REQUESTS, 0, Message(oldest, 0, []))
             yield join(form, self._stand_ins.fill(message.batch, form, message.tensors))
 
-    def _loaded(self, iterator: Iterator[Any], key: int) -> Iterator[Any]:
+    def _loaded(self, iterator: Iterator[Any], key: int, together: Together | None) -> Iterator[Any]:
         while True:
             with self._loading():
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    break
+                batch = next(iterator, _END)
+            ends = batch is _END
+            if together is not None and together.is_training():
+                ends = together.any_ends(ends)
+            if ends:
+                break
             form, tensors = split(batch)
             self.ends = self.ends or self._is_end_due()
             copies = [t.detach().cpu().clone() for t in tensors]  # the step may change them

@@ -100,7 +100,9 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
 
     @override
     def _broadcast_sigterm_tensor(self) -> None:
-        """The stop flag travels with the messages instead."""
+        """The stop flag travels with the messages instead, unless every process has all stages."""
+        if not self._strategy.has_feed:
+            super()._broadcast_sigterm_tensor()
 
     @override
     def on_advance_end(self, data_fetcher: Any) -> None:

@@ -7,20 +7,31 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import wraps
 from types import FrameType
 from typing import Any, Literal
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_dgmp.host import DDPStrategy, Trainer, default_pg_timeout, rank_zero_warn
+from lightning_dgmp.data import Together
+from lightning_dgmp.host import (
+    DDPStrategy,
+    MisconfigurationException,
+    Trainer,
+    default_pg_timeout,
+    rank_zero_warn,
+)
 from lightning_dgmp.plan.restore import is_of_user
-from lightning_dgmp.replicas import Replicas
+from lightning_dgmp.replicas import Replicas, Vote
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.support import check_devices
-from lightning_dgmp.transport import Transport
+from lightning_dgmp.transport import Transport, group_of_channels
+from lightning_dgmp.wire import Wish
 from lightning_dgmp.world import PeerError, World
 
 __all__ = ["MeshStrategy"]
@@ -32,33 +43,48 @@ class MeshStrategy(DDPStrategy):
     Barriers, broadcasts and decisions concern all processes and end with a reason when one of them fails.
 
     Args:
-        num_stages: Stages of a replica; ``"auto"``: as many as a node has devices.
+        num_stages: Stages of a replica; ``"auto"``: as many as a node has devices, or all devices have for a replica.
+        data_parallel_size: How many replicas there are; ``"auto"``: as many as the devices hold.
         virtual: Whether one process holds all stages of a replica.
         timeout: How long a process waits for another.
         **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
     """
 
     def __init__(
-        self, num_stages: int | Literal["auto"], virtual: bool, timeout: timedelta | None, **kwargs: Any
+        self,
+        num_stages: int | Literal["auto"],
+        data_parallel_size: int | Literal["auto"],
+        virtual: bool,
+        timeout: timedelta | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(timeout=timeout, **kwargs)
-        if num_stages != "auto" and not isinstance(num_stages, int):
-            raise TypeError(f"`num_stages` must be an integer or 'auto', but is {num_stages!r}.")
+        for name, value in (("num_stages", num_stages), ("data_parallel_size", data_parallel_size)):
+            if value != "auto" and not isinstance(value, int):
+                raise TypeError(f"`{name}` must be an integer or 'auto', but is {value!r}.")
         if virtual and num_stages == "auto":
             raise ValueError("`virtual=True` needs `num_stages`: there are no devices to count.")
-        self._num_stages_flag = num_stages
+        self._num_stages_flag, self._data_parallel_size_flag = num_stages, data_parallel_size
         self._virtual = virtual
         self._device_mesh: DeviceMesh | None = None
         self._world: World | None = None
         self._transport: Transport | None = None
         self._replicas: Replicas | None = None
+        self._vote: Vote | None = None
+        self._group_of_firsts: Any = None
+        self._channels: Any = None
+        self._single: Any = None
         self._has_warned = False
         self._answer: tuple[Callable[[Any], Any], bool] | None = None
 
     @property
     def num_stages(self) -> int:
         """Into how many stages the model is cut."""
-        return self.num_processes if self._num_stages_flag == "auto" else self._num_stages_flag
+        if self._num_stages_flag != "auto":
+            return self._num_stages_flag
+        if self._data_parallel_size_flag != "auto":
+            return max(self.num_nodes * self.num_processes // self._data_parallel_size_flag, 1)
+        return self.num_processes
 
     @property
     @override
@@ -113,25 +139,37 @@ class MeshStrategy(DDPStrategy):
 
     @override
     def _configure_launcher(self) -> None:
-        check_devices(self.num_stages, self.num_nodes * self.num_processes, self._virtual)
+        given = self._num_stages_flag, self._data_parallel_size_flag
+        check_devices(*given, self.num_stages, self.num_nodes * self.num_processes, self._virtual)
         super()._configure_launcher()
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
         width = 1 if self._virtual else self.num_stages
-        self._device_mesh = init_device_mesh(
-            self.root_device.type, (self.world_size // width, width), mesh_dim_names=("replica", "stage")
-        )
+        if self._device_mesh is None:
+            self._device_mesh = init_device_mesh(
+                self.root_device.type, (self.world_size // width, width), mesh_dim_names=("replica", "stage")
+            )
         if self._is_pipeline:
             assert self.cluster_environment is not None
             timeout = self._timeout or default_pg_timeout
             over_nccl = self._get_process_group_backend() == "nccl"
             if self._world is None:
                 self._world = World(self.cluster_environment.main_address, timeout)
-            if self._replicas is None:
-                self._replicas = Replicas(self.device_mesh.get_group("replica"))
-            self._transport = Transport(self.stage, self._stage_ranks, self.root_device, timeout, over_nccl)
+            if self.data_parallel_size > 1:
+                if self._group_of_firsts is None:
+                    firsts = range(self.num_stages - 1, self.world_size, self.num_stages)
+                    self._group_of_firsts = dist.new_group(firsts, backend="gloo", timeout=timeout)
+                self._vote = Vote(self._group_of_firsts, self._world.wait)
+            if self._channels is None:
+                self._channels = group_of_channels(self._stage_ranks)
+            where = self._stage_ranks, self._channels, self.root_device
+            self._transport = Transport(self.stage, *where, timeout, over_nccl)
+        if self._replicas is None and self.num_stages > 1 and self.world_size > 1:
+            if self._single is None:
+                self._single = dist.new_group([self.global_rank], backend="gloo", use_local_synchronization=True)
+            self._replicas = Replicas(self.device_mesh.get_group("replica"), self._single)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -145,7 +183,7 @@ class MeshStrategy(DDPStrategy):
             reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
         if self._transport is not None:
             self._transport.abort(reason)
-            self._transport = None
+            self._transport = self._channels = None
         self._world.fail(reason)
         self._world = None
 
@@ -164,6 +202,56 @@ class MeshStrategy(DDPStrategy):
     def step_among_replicas(self) -> AbstractContextManager[None]:
         """Around a step: collectives without a group concern the replicas."""
         return nullcontext() if self._replicas is None else self._replicas.step()
+
+    def step_alone(self) -> AbstractContextManager[None]:
+        """Around a step on ghosts: its collectives concern nobody else."""
+        return nullcontext() if self._replicas is None else self._replicas.alone()
+
+    @override
+    def block_backward_sync(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Stages decide for themselves; and of virtual ones each has its updates from other batches."""
+        return super().block_backward_sync() if self.num_stages == 1 else nullcontext()
+
+    def wrap_in_ddp(self, module: nn.Module, **kwargs: Any) -> DistributedDataParallel:
+        """DDP with the options of the user, where ``kwargs`` are not ours, and its communication hook."""
+        device_ids = self.determine_ddp_device_ids()
+        ddp = DistributedDataParallel(module, device_ids=device_ids, **{**self._ddp_kwargs, **kwargs})
+        self._register_hook(ddp)
+        return ddp
+
+    @contextmanager
+    def averaging(self) -> Iterator[None]:
+        """Around what averages gradients: if another process has failed, its reason is the one to tell."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = None if self._world is None else self._world.failure()
+            if reason is None or isinstance(error, PeerError):
+                raise
+            raise PeerError(reason) from error
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        assert isinstance(self.model, DistributedDataParallel)
+        super()._register_ddp_hooks() if self.num_stages == 1 else self._register_hook(self.model)
+
+    def _register_hook(self, ddp: DistributedDataParallel) -> None:
+        hook, state = self._ddp_comm_hook, self._ddp_comm_state
+        if hook is not None and self._ddp_comm_wrapper is not None:
+            hook = self._ddp_comm_wrapper(hook)
+        if self._world is not None and dist.get_backend(ddp.process_group) == "gloo":
+            if hook is None:
+                hook, state = default_hooks.allreduce_hook, ddp.process_group
+            hook = _guarded_hook(self._world, hook)
+        if hook is None:
+            return
+        try:
+            ddp.register_comm_hook(state, hook)
+        except TypeError as error:
+            raise MisconfigurationException(
+                f"The communication hook `{getattr(hook, '__name__', hook)}` does not work here: {error}. Use another"
+                " one, such as `fp16_compress_hook`, or none."
+            ) from None
 
     @property
     def _in_step(self) -> bool:
@@ -225,9 +313,32 @@ class MeshStrategy(DDPStrategy):
             return self.device_mesh.get_group("replica")
         return group
 
-    def _share(self, nest: Any, what: str) -> Any:
-        assert self._world is not None
-        return self._world.share(nest, what, self._stage_ranks, self._stage_ranks[-1], self.root_device)
+    def gather_from_replicas(self, item: Any, what: str) -> list[Any]:
+        """Give every process the small ``item`` of the last stage of each replica."""
+        if self._world is not None:
+            return self._world.all_gather(item, what)[:: self.num_stages]
+        items = [item] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(items, item)
+        return items
+
+    def agree_on_wishes(self, wishes: Wish) -> Wish:
+        """What the first stages of all replicas wish, or did an iteration ago; only they may ask."""
+        assert self._vote is not None
+        return Wish(self._vote.any_of_last_time(int(wishes), "the wishes of another replica"))
+
+    def _together(self, is_training: Callable[[], bool]) -> Together:
+        """For the data of several replicas."""
+        assert self._vote is not None
+        vote = self._vote
+
+        def shortest(length: int | None) -> int | None:
+            lengths = self.gather_from_replicas(length, "the length of a data loader")
+            if len(set(lengths)) > 1:
+                rank_zero_warn(f"The data loaders of the replicas have {lengths} batches: the fewest count.")
+            return None if None in lengths else min(lengths)
+
+        return Together(is_training, shortest, lambda ends: bool(vote.any(ends, "the next batch of another replica")))
 
     def share_of_last_stage(self, nest: Any, what: str) -> Any:
         """Give all stages of the replica the ``nest`` of the last one; ``what`` says for an error what it is."""
@@ -239,6 +350,16 @@ class MeshStrategy(DDPStrategy):
         """Give all stages of the replica the small ``item`` of the first one."""
         assert self._world is not None
         return self._world.all_gather(item, what, self._stage_ranks)[0]
+
+
+def _guarded_hook(world: World, hook: Any) -> Any:
+    """A communication hook whose waits end when another process fails."""
+
+    @wraps(hook)
+    def guarded(state: Any, bucket: dist.GradBucket) -> Any:
+        return world.guarded(hook(state, bucket), "the average of gradients")
+
+    return guarded
 
 
 def _is_frame_of_user(frame: FrameType | None) -> bool:

@@ -80,7 +80,10 @@ def leaves(obj: Any) -> list[Any]:
     if isinstance(obj, _LEAVES):
         return [obj]
     if isinstance(obj, (list, tuple, deque)):
-        return [leaf for item in obj for leaf in leaves(item)]
+        found: list[Any] = []
+        for item in obj:
+            found.append(item) if isinstance(item, _LEAVES) else found.extend(leaves(item))
+        return found
     if isinstance(obj, MutableMapping):
         return [leaf for item in obj.values() for leaf in leaves(item)]
     if isinstance(obj, slice):

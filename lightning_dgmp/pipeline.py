@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_calls
 from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.skip import remove_ghosts
 from lightning_dgmp.transport import Transport
+from lightning_dgmp.wire import Wish
 from lightning_dgmp.world import World
 
 __all__ = ["Interception", "Pipeline"]
@@ -92,6 +95,31 @@ class Pipeline:
         self.runner = StageRunner(module, slots, plan, stage, delay, transport, backward, seed, device, first_batch)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
+
+    def average(
+        self,
+        group: dist.ProcessGroup,
+        wrap: Callable[..., DistributedDataParallel],
+        broadcast_buffers: bool,
+        agree: Callable[[Wish], Wish],
+    ) -> None:
+        """Average with other replicas from now on; see :class:`~lightning_dgmp.stage.averaging.Averaging`.
+
+        Args:
+            group: The process group of this stage in all replicas.
+            wrap: Makes DDP of a module.
+            broadcast_buffers: As DDP's option.
+            agree: What wishes of this first stage become together with those of the others.
+        """
+        runner = self.runner
+        owners = runner.plan.modules
+        buffers = [
+            module._buffers
+            for path, module in runner.root.named_modules()
+            if module._buffers and broadcast_buffers and owners.get(path) in (None, runner.stage)
+        ]
+        runner.averaging = Averaging(list(runner.own.values()), buffers, group, wrap, runner.device)
+        runner.agree = agree
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ class SavingStrategy(MeshStrategy):
 
     Args:
         num_stages: See :class:`~lightning_dgmp.mesh.MeshStrategy`.
+        data_parallel_size: See there.
         virtual: See there.
         timeout: See there.
         is_sharded: Whether checkpoints are folders.
@@ -37,16 +38,18 @@ class SavingStrategy(MeshStrategy):
     def __init__(
         self,
         num_stages: int | Literal["auto"],
+        data_parallel_size: int | Literal["auto"],
         virtual: bool,
         timeout: timedelta | None,
         is_sharded: bool,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_stages, virtual, timeout, **kwargs)
+        super().__init__(num_stages, data_parallel_size, virtual, timeout, **kwargs)
         self._is_sharded = is_sharded
         self._pipeline: Pipeline | None = None
         self._seed = 0
-        self._loaded_seed: int | None = None
+        self._seeds: list[int] = []  # of all replicas
+        self._loaded_seeds: list[int] = []
 
     @abstractmethod
     def flush(self) -> None:
@@ -77,7 +80,7 @@ class SavingStrategy(MeshStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.num_stages > 1:
-            checkpoint[_KEY] = {"seed": self._seed}  # from which the random numbers of all epochs and steps follow
+            checkpoint[_KEY] = {"seeds": self._seeds}  # from which the random numbers of all epochs and steps follow
         if self._is_sharded:
             group = None if self._world is None else self._world.group
             save_sharded(checkpoint, Path(filepath), group, self.is_global_zero, self.barrier)
@@ -105,4 +108,4 @@ class SavingStrategy(MeshStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
-        self._loaded_seed = checkpoint.get(_KEY, {}).get("seed")
+        self._loaded_seeds = checkpoint.get(_KEY, {}).get("seeds", [])

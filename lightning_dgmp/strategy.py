@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
@@ -60,7 +60,10 @@ class DelayedMPStrategy(SavingStrategy):
     al., NeurIPS 2019, arXiv 1909.06695).
 
     Arguments:
-        num_stages: Into how many stages the model is cut; ``"auto"``: one for each device of a node.
+        num_stages: Into how many stages the model is cut; ``"auto"``: one for each device of a node, or of a replica
+            if ``data_parallel_size`` is given.
+        data_parallel_size: How many replicas of the stages see different data, as with DDP; ``"auto"``: as many as the
+            devices hold.
         split_at: The modules with which the stages 1, 2, ... begin, by their names in ``named_modules()``; by default
             the cuts are chosen so that the slowest stage is as fast as possible.
         backward: What a stage keeps of a batch until its backward: ``"stash"`` the graph; ``"recompute"`` the inputs
@@ -70,7 +73,8 @@ class DelayedMPStrategy(SavingStrategy):
         save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
             that the whole model is nowhere; otherwise ordinary files.
         timeout: How long a stage waits for another before it gives up with an error.
-        **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
+        **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`, which wraps each stage of
+            several replicas.
     """
 
     strategy_name = "delayed_mp"
@@ -78,6 +82,7 @@ class DelayedMPStrategy(SavingStrategy):
     def __init__(
         self,
         num_stages: int | Literal["auto"] = "auto",
+        data_parallel_size: int | Literal["auto"] = "auto",
         *,
         split_at: Sequence[str] | None = None,
         backward: BackwardMode = "stash",
@@ -86,7 +91,7 @@ class DelayedMPStrategy(SavingStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_stages, virtual, timeout, save_distributed_checkpoint, **kwargs)
+        super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
         if backward not in ("stash", "recompute", "replay"):
             raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
         self._split_at = None if split_at is None else list(split_at)
@@ -140,14 +145,15 @@ class DelayedMPStrategy(SavingStrategy):
             assert self.lightning_module is not None
             check_supported(trainer, self.lightning_module, self._virtual, self._backward)
             self._reset_pipeline()
-            self._layer_sync = None  # the statistics of a stage are those of its replica; there is one replica
+            if self.data_parallel_size == 1:
+                self._layer_sync = None  # the statistics of a stage are those of its replica
         if self.data_parallel_size == 1:  # all processes see the data as a single one would
             trainer._accelerator_connector.use_distributed_sampler = False
         if self.num_stages > 1:
             self._pipeline = self._evaluation = None
             assert self.lightning_module is not None
             self._interception = Interception(self.lightning_module)
-            self._share_randomness()
+            self._share_randomness(trainer)
             install_loops(trainer)
             self.learned = Learned(self.lightning_module, self.share_of_last_stage)
             if self._is_pipeline:
@@ -159,7 +165,10 @@ class DelayedMPStrategy(SavingStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        if self.num_stages == 1 and self.world_size > 1:
+        if self._is_pipeline:
+            if self.data_parallel_size > 1 and self._ddp_comm_hook is not None:
+                self.wrap_in_ddp(nn.Linear(1, 1, device=self.root_device))  # to see whether the hook is accepted
+        elif self.world_size > 1:
             super().configure_ddp()
 
     @override
@@ -176,14 +185,20 @@ class DelayedMPStrategy(SavingStrategy):
         if self.num_stages > 1:
             check_optimizers(list(self.optimizers))
 
-    def _share_randomness(self) -> None:
+    def _share_randomness(self, trainer: Trainer) -> None:
         """Put all stages in the random state of the last one; loading has one for itself from then on."""
-        state, seed = self.broadcast((RandomState.current(_HOST), torch.initial_seed()))
+        mine = RandomState.current(_HOST), torch.initial_seed()
+        state, seed = self.share_of_last_stage(mine, "the random state")
         state.apply(_HOST)
-        self._seed = seed if self._loaded_seed is None else self._loaded_seed
+        if self._loaded_seeds:
+            seeds = self._loaded_seeds
+            seed = seeds[self.replica] if self.replica < len(seeds) else mix_seed(seeds[0], self.replica, 0)
+        self._seed, self._seeds = seed, self.gather_from_replicas(seed, "the random seed")
         self._loading = OwnRandomness()
         if self._transport is not None:
-            self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, self.share_of_first_stage)
+            together = None if self._vote is None else self._together(lambda: trainer.training)
+            share = self.share_of_first_stage
+            self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, share, together)
 
     def align_randomness(self, epoch: int) -> None:
         """Begin an epoch in the same random state on all stages, without asking them."""
@@ -212,12 +227,17 @@ class DelayedMPStrategy(SavingStrategy):
         assert module is not None
         make_plan = partial(self._make_plan, batch, batch_idx)
         if self._world is None:
-            self._plan = make_plan()
+            self._plan = self.broadcast(make_plan())
         else:
-            self._plan = agree_on_plan(make_plan, self._world, self._stage_ranks)
+            plan = agree_on_plan(make_plan, self._world, self._stage_ranks) if self.replica == 0 else None
+            if self.data_parallel_size > 1:  # which may see other shapes, but must cut alike
+                plan = self._world.all_gather(plan, "the plan of the first replica")[0]
+            self._plan = plan
+        assert self._plan is not None
         rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
         if self._world is None or self._transport is None:
-            self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan)
+            copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
+            self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan, copies)
             if clips_by_norm(module):
                 self._notes = VirtualNotes(self.num_stages, self.root_device)
             return
@@ -235,6 +255,10 @@ class DelayedMPStrategy(SavingStrategy):
         )
         if clips_by_norm(module):
             self._pipeline.runner.notes = StageNotes(self.stage, self.num_stages, self.root_device)
+        if self.data_parallel_size > 1:
+            broadcasts_buffers = self._ddp_kwargs.get("broadcast_buffers", True)
+            group = self.device_mesh.get_group("replica")
+            self._pipeline.average(group, self.wrap_in_ddp, broadcasts_buffers, self.agree_on_wishes)
         self._interception.use(self._pipeline.runner)
         self._evaluation = None  # what was planned with the whole model
 
@@ -247,7 +271,7 @@ class DelayedMPStrategy(SavingStrategy):
 
         def step(want: Callable[..., None]) -> Any:
             logging = logging_nothing(module, want, with_loggers=True)
-            with self.step_among_replicas(), self.precision_plugin.train_step_context(), logging:
+            with self.step_alone(), self.precision_plugin.train_step_context(), logging:
                 return module.training_step(*map_leaves(_copy_tensor, args))
 
         with torch.enable_grad():
@@ -291,8 +315,11 @@ class DelayedMPStrategy(SavingStrategy):
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
         fresh = partial(map_leaves, _copy_tensor if self._backward != "stash" else _same)
 
+        is_first = module.trainer.fit_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
         number = runner.num_forwards
         moment = module.global_step, module.current_epoch, module.trainer.fit_loop.batch_idx
+        if runner.averaging is not None and is_first:  # as DDP does
+            runner.averaging.share_buffers()
         result = runner.forward(step)
         if not runner.is_last:
             return runner.absent_loss
@@ -313,7 +340,8 @@ class DelayedMPStrategy(SavingStrategy):
         loss = self.precision_plugin.pre_backward(closure_loss, module)
 
         def of_loss() -> None:
-            self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
+            root = loss if runner is None else runner.averaged(loss)
+            self.precision_plugin.backward(root, module, optimizer, *args, **kwargs)
 
         is_step = not module.trainer.fit_loop._should_accumulate()
         if queues is not None:
@@ -324,7 +352,7 @@ class DelayedMPStrategy(SavingStrategy):
             queues.exchange()
             self._note_norms(is_step)
         elif runner is not None and runner.due:
-            with self.step_among_replicas():
+            with self.step_among_replicas(), self.averaging():
                 runner.backward(of_loss, is_step)
         return self.precision_plugin.post_backward(loss, module)
 
@@ -381,10 +409,10 @@ class DelayedMPStrategy(SavingStrategy):
 
             def backward(is_open: bool, is_step: bool) -> None:
                 if runner.in_flight:
-                    with self.step_among_replicas():
+                    with self.step_among_replicas(), self.averaging():
                         runner.backward(_no_loss, is_step)
                 elif is_step and is_open:
-                    runner.note_norm()
+                    runner.close_update()
 
             flush_batches(self, lambda: len(runner.in_flight), backward)
             runner.end_flush()

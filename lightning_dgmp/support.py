@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS
@@ -22,26 +24,37 @@ _AVERAGING = tuple(getattr(callbacks, name) for name in _NAMES if hasattr(callba
 __all__ = ["check_devices", "check_optimizers", "check_supported"]
 
 
-def check_devices(num_stages: int, num_devices: int, virtual: bool) -> None:
-    """Refuse a number of stages that the devices cannot hold."""
-    if num_stages < 1:
-        raise MisconfigurationException(f"`num_stages` must be at least 1 or 'auto', but is {num_stages}.")
-    if virtual:
-        if num_devices > 1:
-            raise MisconfigurationException(
-                f"`virtual=True` runs all stages on one device, but there are {num_devices}. Set `devices=1`."
-            )
-    elif num_devices % num_stages:
+def check_devices(
+    num_stages: int | Literal["auto"],
+    data_parallel_size: int | Literal["auto"],
+    chosen_stages: int,
+    num_devices: int,
+    virtual: bool,
+) -> None:
+    """Refuse numbers of stages and replicas that the devices cannot hold.
+
+    Args:
+        num_stages: As the user gave it.
+        data_parallel_size: As the user gave it.
+        chosen_stages: How many stages a replica would have.
+        num_devices: On all nodes together.
+        virtual: Whether a device holds a whole replica.
+    """
+    for name, value in (("num_stages", num_stages), ("data_parallel_size", data_parallel_size)):
+        if value != "auto" and value < 1:
+            raise MisconfigurationException(f"`{name}` must be at least 1 or 'auto', but is {value}.")
+    width = 1 if virtual else chosen_stages
+    if data_parallel_size != "auto" and width * data_parallel_size != num_devices:
         raise MisconfigurationException(
-            f"`num_stages` must divide the number of devices, but {num_stages} stages do not divide {num_devices}"
-            f" device(s). Set `Trainer(devices={num_stages})` (or a multiple), or `DelayedMPStrategy(num_stages="
-            f"{num_stages}, virtual=True)` to train with the delays of {num_stages} stages on one device."
+            f"{'`virtual=True` and ' if virtual else '`num_stages` times '}`data_parallel_size` must make the number of"
+            f" devices, but {'' if virtual else f'{width} times '}{data_parallel_size} is not {num_devices}. Set"
+            f" `Trainer(devices={width * data_parallel_size})` (of all nodes together), or leave one of them 'auto'."
         )
-    elif 1 < num_stages < num_devices:
+    if num_devices % width:
         raise MisconfigurationException(
-            f"Several replicas of a pipeline are not supported yet, but {num_devices} devices hold"
-            f" {num_devices // num_stages} replicas of {num_stages} stages. Set `num_stages={num_devices}` or"
-            f" `Trainer(devices={num_stages})`."
+            f"`num_stages` must divide the number of devices, but {width} stages do not divide {num_devices} device(s)."
+            f" Set `Trainer(devices={width})` (or a multiple), or `DelayedMPStrategy(num_stages={width}, virtual=True)`"
+            f" to train with the delays of {width} stages on one device."
         )
 
 

@@ -35,13 +35,14 @@ import torch.distributed as dist
 from lightning_dgmp.wire import ABORT, CLOSE, Arriving, Broken, Message, Staged, Wire
 from lightning_dgmp.world import PeerError
 
-__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REQUESTS", "Peer", "Transport"]
+__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REQUESTS", "Peer", "Transport", "group_of_channels"]
 
 ACTIVATIONS = "activations"
 ERRORS = "errors"
 DATA = "data"
 REQUESTS = "requests"
 _REPLIES = "replies"
+_DIRECTIONS = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES)
 
 _FOREVER = timedelta(days=365)
 _LOOK = 0.3  # seconds between two looks whether who takes nothing is still there
@@ -57,26 +58,39 @@ class Peer(NamedTuple):
         return f"stage {self.stage} (rank {self.rank})"
 
 
+def group_of_channels(ranks: Sequence[int]) -> Any:
+    """A process group for the transports of the stages with these global ranks, which all of them must make together.
+
+    It serves any number of them, one after the other, if all end well.
+    """
+    # Threads receive ahead, also while nothing is to come for long: only who needs a message has a limit.
+    return dist.new_group(sorted(ranks), timeout=_FOREVER, backend="gloo", use_local_synchronization=True)
+
+
 class Transport:
     """The channels of one stage. All processes of a replica must make it, and call :meth:`open`, together.
 
     Args:
         stage: The stage of this process.
         ranks: The global rank of each stage.
+        group: Their :func:`group_of_channels`.
         device: Where received tensors should be.
         timeout: How long to wait for a message before giving up.
         over_nccl: Whether activations and errors go straight from device to device.
     """
 
     def __init__(
-        self, stage: int, ranks: Sequence[int], device: torch.device, timeout: timedelta, over_nccl: bool = False
+        self,
+        stage: int,
+        ranks: Sequence[int],
+        group: Any,
+        device: torch.device,
+        timeout: timedelta,
+        over_nccl: bool = False,
     ) -> None:
-        self.timeout, self._device, self._over_nccl = timeout, device, over_nccl
+        self.timeout, self._group, self._device, self._over_nccl = timeout, group, device, over_nccl
         self._peers = [Peer(k, rank) for k, rank in enumerate(ranks)]
         self.me = self._peers[stage]
-        directions = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES)
-        # Threads receive ahead, also while nothing is to come for long: only who needs a message has a limit.
-        self._groups = {d: dist.new_group(timeout=_FOREVER, backend="gloo") for d in directions}
         self._in: dict[tuple[str, int], _Inbox] = {}
         self._out: dict[tuple[str, int], _Outbox] = {}
         self._edges: set[tuple[int, int]] = set()
@@ -118,14 +132,14 @@ class Transport:
     ) -> None:
         pair = None
         if self._over_nccl and device.type == "cuda":  # a communicator for itself, or transfers would wait in line
-            pair = dist.new_group(sorted((source.rank, target.rank)), timeout=self.timeout, backend="nccl")
-        bound = len(self._peers) + 1
+            ranks = sorted((source.rank, target.rank))
+            if self.me in (source, target):
+                pair = dist.new_group(ranks, timeout=self.timeout, backend="nccl", use_local_synchronization=True)
+        bound, tag = len(self._peers) + 1, _DIRECTIONS.index(direction)
         if self.me == source:
-            self._out[direction, target.stage] = _Outbox(
-                Wire(self._groups[direction], pair, target.rank, device), bound
-            )
+            self._out[direction, target.stage] = _Outbox(Wire(self._group, tag, pair, target.rank, device), bound)
         elif self.me == target:
-            wire = Wire(self._groups[direction], pair, source.rank, device)
+            wire = Wire(self._group, tag, pair, source.rank, device)
             self._in[direction, source.stage] = _Inbox(wire, bound, take)
 
     def send(self, direction: str, stage: int, message: Message) -> None:

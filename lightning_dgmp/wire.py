@@ -67,10 +67,18 @@ class Staged(NamedTuple):
 
 
 class Wire:
-    """One peer in one direction: how a message becomes calls of torch.distributed. Knows gloo from NCCL."""
+    """One peer in one direction: how a message becomes calls of torch.distributed. Knows gloo from NCCL.
 
-    def __init__(self, group: Any, pair: Any, rank: int, device: torch.device) -> None:
-        self.group, self.pair, self.rank, self.device = group, pair, rank, device
+    Args:
+        group: A gloo process group.
+        tag: Tells this direction from others in the same group.
+        pair: An NCCL process group for the tensors of this direction alone, or ``None``.
+        rank: The global rank of the peer.
+        device: Where tensors should be.
+    """
+
+    def __init__(self, group: Any, tag: int, pair: Any, rank: int, device: torch.device) -> None:
+        self.group, self.tag, self.pair, self.rank, self.device = group, tag, pair, rank, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     # ----- sending
@@ -115,7 +123,7 @@ class Wire:
         fixed = [_DATA, message.batch, flags, len(message.tensors), len(description), len(message.extra)]
         self._send_integers(fixed + (description if inline else []))
         if not inline:
-            dist.send(torch.tensor(description), self.rank, self.group)
+            self._send_to_host(torch.tensor(description))
         self._send_bytes(message.extra)
         self._with_stream(lambda: self._send_tensors([t for t in message.tensors if t is not None], event))
 
@@ -126,7 +134,8 @@ class Wire:
             if tensor.numel():
                 if self.stream is not None and self.pair is not None:
                     tensor.record_stream(self.stream)
-                dist.send(tensor.detach().permute(_order(tensor)), self.rank, self.pair or self.group)
+                tensor = tensor.detach().permute(_order(tensor))
+                self._send_to_host(tensor) if self.pair is None else dist.send(tensor, self.rank, self.pair)
 
     def send_end(self, kind: int, text: str) -> None:
         data = text.encode()
@@ -135,33 +144,39 @@ class Wire:
 
     def _send_bytes(self, data: bytes) -> None:
         if data:
-            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), self.rank, self.group)
+            self._send_to_host(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def _send_integers(self, integers: list[int]) -> None:
-        dist.send(torch.tensor(integers + [0] * (_HEADER - len(integers))), self.rank, self.group)
+        self._send_to_host(torch.tensor(integers + [0] * (_HEADER - len(integers))))
+
+    def _send_to_host(self, tensor: Tensor) -> None:
+        dist.send(tensor, self.rank, self.group, self.tag)
 
     # ----- receiving
 
     def receive(self) -> Arriving:
         """In the receiving thread: the next message, or :class:`Broken` at the end of all."""
         header = torch.empty(_HEADER, dtype=torch.int64)
-        dist.recv(header, self.rank, self.group)
+        self._receive_on_host(header)
         kind, batch, flags, count, length, num_bytes, *description = header.tolist()
         if kind != _DATA:
             raise Broken(kind, self._receive_bytes(num_bytes).decode())
         if length > _HEADER - _FIXED:
             longer = torch.empty(length, dtype=torch.int64)
-            dist.recv(longer, self.rank, self.group)
+            self._receive_on_host(longer)
             description = longer.tolist()
         wants_error: list[bool] = []
         message = Message(batch, flags >> 1, [], bool(flags & 1), wants_error, self._receive_bytes(num_bytes))
         event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
         return Arriving(message, event)
 
+    def _receive_on_host(self, tensor: Tensor) -> None:
+        dist.recv(tensor, self.rank, self.group, self.tag)
+
     def _receive_bytes(self, num_bytes: int) -> bytes:
         data = torch.empty(num_bytes, dtype=torch.uint8)
         if num_bytes:
-            dist.recv(data, self.rank, self.group)
+            self._receive_on_host(data)
         return data.numpy().tobytes()
 
     def _receive_tensors(
@@ -187,7 +202,7 @@ class Wire:
                 pin_memory=over_host and self.stream is not None,
             )
             if tensor.numel():
-                dist.recv(tensor, self.rank, self.pair or self.group)
+                self._receive_on_host(tensor) if self.pair is None else dist.recv(tensor, self.rank, self.pair)
             if order != list(range(dim)):
                 tensor = tensor.permute(_inverse(order)).detach()  # no view, or it could not be changed in place
             tensors.append(tensor.to(self.device, non_blocking=True))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import pickle
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.futures import Future
 
 from lightning_dgmp.nests import Form, join, leaves, map_leaves, split
 
@@ -48,6 +51,8 @@ class World:
         self._counts: Counter[tuple[int, ...]] = Counter()
         self._old_keys: dict[tuple[int, ...], str] = {}
         self._num_flags = 0
+        self._guarded: dict[int, Callable[[str], None]] = {}
+        self._watch: threading.Thread | None = None
         self.group = dist.new_group(backend="gloo", timeout=timeout)  # for tensors of the host
         port = [0]
         if self.rank == 0:
@@ -57,6 +62,7 @@ class World:
         if self.rank != 0:
             self._store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
         atexit.register(_leave, self._store, self.rank, self.size)
+        atexit.register(self._end_at_once_if_waiting)
 
     def all_gather(self, item: Any, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
         """Give every process of ``ranks``, by default all, the ``item`` of each of them.
@@ -112,22 +118,25 @@ class World:
         return nest
 
     def _send(self, tensors: list[Tensor], rank: int, what: str) -> None:
-        def send() -> None:
-            for tensor in tensors:
-                if tensor.numel():
-                    dist.send(tensor.detach().cpu().contiguous(), rank, self.group)
+        full = [tensor for tensor in tensors if tensor.numel()]
 
-        self.wait(_Blocking(send), what)
+        def send() -> None:
+            for tensor in full:
+                dist.send(tensor.detach().cpu().contiguous(), rank, self.group)
+
+        if full:
+            self.wait(_Blocking(send), what)
 
     def _receive(self, form: Any, rank: int, what: str) -> Any:
         tensors = [torch.empty(f.shape, dtype=f.dtype) for f in leaves(form) if isinstance(f, Form)]
+        full = [tensor for tensor in tensors if tensor.numel()]
 
         def receive() -> None:
-            for tensor in tensors:
-                if tensor.numel():
-                    dist.recv(tensor, rank, self.group)
+            for tensor in full:
+                dist.recv(tensor, rank, self.group)
 
-        self.wait(_Blocking(receive), what)
+        if full:
+            self.wait(_Blocking(receive), what)
         return join(form, tensors)
 
     def wait(self, work: Any, what: str) -> None:
@@ -136,8 +145,55 @@ class World:
         def give_up() -> None:
             raise PeerError(f"Rank {self.rank} waited {self.timeout} for the others at {what}.")
 
-        self._wait_until(work.is_completed, give_up)
+        self._wait_until(work.is_completed, give_up, grace=_LAST_WORDS, longest_pause=_LONGEST_PAUSE / 10)
         work.wait()
+
+    def guarded(self, future: Future[Any], what: str) -> Future[Any]:
+        """The ``future`` of a collective, which fails as soon as another process does.
+
+        For who waits where nobody else can look: a collective of torch.distributed goes on until its end.
+        """
+        guarded: Future[Any] = Future()
+        lock = threading.Lock()
+
+        def end(value: Any, error: PeerError | None) -> None:
+            with lock:
+                if not guarded.done():
+                    guarded.set_result((value, error))
+
+        def arrive(future: Future[Any]) -> None:
+            self._guarded.pop(id(guarded))
+            try:
+                end(future.value(), None)
+            except Exception as error:
+                end(None, PeerError(f"Rank {self.rank} lost the others at {what}: {error}"))
+
+        self._guarded[id(guarded)] = lambda reason: end(None, PeerError(reason))
+        future.add_done_callback(arrive)
+        if self._watch is None or not self._watch.is_alive():
+            self._watch = threading.Thread(target=self._watch_guarded, name="dgmp-watch", daemon=True)
+            self._watch.start()
+        return guarded.then(_value_or_error)
+
+    def _watch_guarded(self) -> None:
+        idle = 0
+        while idle < 3:  # it lives as long as a collective goes on
+            time.sleep(_LOOK)
+            idle = 0 if self._guarded else idle + 1
+            if self._guarded and (reason := self.failure()) is not None:
+                for end in list(self._guarded.values()):
+                    end(reason)
+
+    def failure(self) -> str | None:
+        """Why the first process that failed did so, if any has."""
+        return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+
+    def _end_at_once_if_waiting(self) -> None:
+        """At the exit: destructors of torch would wait for what others never answer."""
+        if self._guarded:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
 
     def flag(self) -> Flag:
         """A new flag that is down. All processes must make it."""
@@ -160,21 +216,36 @@ class World:
         self._wait_until(lambda: self._store.check([key]), give_up)
         return self._store.get(key)  # type: ignore[no-any-return]
 
-    def _wait_until(self, is_done: Callable[[], bool], give_up: Callable[[], None]) -> None:
+    def _wait_until(
+        self,
+        is_done: Callable[[], bool],
+        give_up: Callable[[], None],
+        grace: float = 0,
+        longest_pause: float = _LONGEST_PAUSE,
+    ) -> None:
+        """Wait; what another process has done before it failed counts, for so many seconds as ``grace``."""
         begin = look = time.monotonic()
         pause = 1e-4
         while not is_done():
             time.sleep(pause)
-            pause = min(1.5 * pause, _LONGEST_PAUSE)
+            pause = min(1.5 * pause, longest_pause)
             if (now := time.monotonic()) - look > _LOOK:
                 look = now
-                self._look_for_failure()
+                if (reason := self.failure()) is not None:
+                    if is_done():
+                        return
+                    if grace <= 0:
+                        raise PeerError(reason)
+                    grace -= _LOOK
                 if now - begin > self.timeout.total_seconds():
                     give_up()
 
-    def _look_for_failure(self) -> None:
-        if self._store.check(["failure"]):
-            raise PeerError(self._store.get("failure").decode())
+
+def _value_or_error(future: Future[Any]) -> Any:
+    value, error = future.value()
+    if error is not None:
+        raise error
+    return value
 
 
 class Flag:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import random
@@ -135,6 +136,7 @@ def _work(pipe: Any, log: str) -> None:
     import lightning_dgmp  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported never goes
     pipe.send("ready")
     while True:
         try:

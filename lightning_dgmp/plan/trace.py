@@ -38,6 +38,7 @@ __all__ = ["trace_step"]
 
 _INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}
 _MAX_ITEMS = 100  # of a container that is looked into
+_CONSTANT = {bool, int, float, str, type(None)}
 _SIMPLE = (bool, int, float, str, type(None), Tensor, tuple)
 
 
@@ -341,6 +342,8 @@ class _Kept:
 
 
 def _marks(value: Any, depth: int = 2) -> Any:
+    if type(value) in _CONSTANT:
+        return value
     if isinstance(value, (dict, list)) and depth and len(value) <= _MAX_ITEMS:
         if isinstance(value, dict):
             return {key: _marks(item, depth - 1) for key, item in value.items()}
@@ -350,6 +353,8 @@ def _marks(value: Any, depth: int = 2) -> Any:
 
 def _is_set_anew(last: Any, value: Any) -> bool:
     """Whether a value has changed, but for what lists have got in addition: they collect results."""
+    if type(value) in _CONSTANT:
+        return type(last) is not type(value) or (last is not value and last != value)
     if isinstance(value, dict) and last is not value:
         known = isinstance(last, dict) and last.keys() == value.keys()
         return not known or any(_is_set_anew(last[key], item) for key, item in value.items())

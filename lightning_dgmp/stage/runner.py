@@ -17,6 +17,7 @@ from lightning_dgmp.nests import map_tensors, tensors_in
 from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.plan.restore import attributes_of_now
+from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
 from lightning_dgmp.stage.notes import StageNotes
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
@@ -95,6 +96,8 @@ class StageRunner:
         self._forward: Forward | None = None
         self._is_backward = False
         self.notes: StageNotes | None = None  # if norms are to ride along
+        self.averaging: Averaging | None = None  # if there are several replicas
+        self.agree: Callable[[Wish], Wish] = lambda wishes: wishes  # of the first stages of all replicas
 
     # ----- the two halves of an iteration
 
@@ -121,7 +124,8 @@ class StageRunner:
         if self.notes is not None and self.stage > 0:
             self.notes.from_earlier(_notes_in(record.received[self.stage - 1]))
         if self.stage == 0:
-            self.granted, self._wishes = self._wishes, Wish(0)
+            wishes, self._wishes = self._wishes, Wish(0)
+            self.granted = self.agree(wishes)
         else:
             self.granted = Wish(next(iter(record.received.values())).wishes)
         self.ending |= self.granted & (Wish.END | Wish.TERMINATE)
@@ -179,7 +183,8 @@ class StageRunner:
         """Run this stage's part of the backward of the oldest batch in flight.
 
         Args:
-            of_loss: Runs the backward from the loss; called on the last stage alone.
+            of_loss: Runs the backward from the loss, or from what :meth:`averaged` makes of it; called on the last
+                stage alone.
             is_step: Whether a step of the optimizer follows.
         """
         record = self.in_flight.popleft()
@@ -192,6 +197,8 @@ class StageRunner:
             if self.delay > 0:
                 # Code that runs modules again in the backward, as activation checkpointing does, must see old weights.
                 stack.enter_context(self.slots.holding(record.parameters))
+            if self.averaging is not None:
+                stack.enter_context(self.averaging.backward(is_step))
             self._is_backward = True
             try:
                 of_loss() if self.is_last else self._backward_from_errors(record)
@@ -221,8 +228,21 @@ class StageRunner:
                 if root is not None and error is not None and root.requires_grad:
                     roots.append(root)
                     errors.append(error)
+        if self.averaging is not None:
+            roots = self.averaging.roots(*roots)
+            errors.append(torch.zeros_like(roots[-1]))
         if roots:
             torch.autograd.backward(roots, errors)
+
+    def averaged(self, loss: Tensor) -> Tensor:
+        """The loss, such that its backward leaves averages over all replicas."""
+        return loss if self.averaging is None else self.averaging.root(loss)
+
+    def close_update(self) -> None:
+        """A step follows without a backward before it: see to the gradients that have added up."""
+        if self.averaging is not None:
+            self.averaging.reduce_kept()
+        self.note_norm()
 
     def note_norm(self) -> None:
         """Let the others know the norm of this stage's gradients, with the next messages."""

@@ -16,6 +16,7 @@ from lightning_dgmp.ghost import PLAIN, Ghost, looks_of
 from lightning_dgmp.nests import is_same, leaves, map_leaves, marks, replace_leaves, tensors_in
 from lightning_dgmp.operations import GhostMode, noting_reads
 from lightning_dgmp.plan.restore import attributes_saved, is_object_of_user
+from lightning_dgmp.replicas import alone
 
 __all__ = ["Skips", "remove_ghosts"]
 
@@ -60,7 +61,7 @@ class Skips:
         self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
         self._mode.draws_noise = self._mode.has_read_values = False  # what happens inside of the module is its owner's
         try:
-            with no_backward_hooks(module), noting_reads(self._mode):
+            with alone(), no_backward_hooks(module), noting_reads(self._mode):
                 out = call(*args, **kwargs)
             kept = {
                 key: _copied(value)

@@ -24,10 +24,11 @@ class GradientQueues:
     Args:
         parameters: All parameters, by name.
         plan: The stage of each.
+        copies: Whether gradients must be copied, because the next backward writes to the same place.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
-        self._delays = delays_of(plan.num_stages)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, copies: bool = False) -> None:
+        self._delays, self._copies = delays_of(plan.num_stages), copies
         self.stages: list[list[nn.Parameter]] = [[] for _ in self._delays]
         for name, parameter in parameters.items():
             self.stages[plan.stage_of(name)[0]].append(parameter)
@@ -46,14 +47,14 @@ class GradientQueues:
 
     def set_aside(self) -> None:
         """Before a backward: put gradients that the user's code has not zeroed apart from those of today."""
-        self._kept = {p: p.grad for parameters in self.stages for p in parameters if p.grad is not None}
+        self._kept = {p: self._own(p.grad) for parameters in self.stages for p in parameters if p.grad is not None}
         for parameter in self._kept:
             parameter.grad = None
 
     def exchange(self) -> None:
         """Put today's gradients in line and let the due ones, or none, be ``.grad``, with what was set aside."""
         for parameters, waiting in zip(self.stages, self._waiting):
-            waiting.append([p.grad for p in parameters])
+            waiting.append([None if p.grad is None else self._own(p.grad) for p in parameters])
         self._take(self._delays)
 
     def drain(self, is_open: bool) -> None:
@@ -67,6 +68,9 @@ class GradientQueues:
             resting = [p for ps, waiting in zip(self.stages, self._waiting) if not waiting for p in ps]
             self._kept = {p: grad for p, grad in self._kept.items() if p not in set(resting)}
         self._take([0] * len(self._delays))
+
+    def _own(self, grad: Tensor) -> Tensor:
+        return grad.clone() if self._copies else grad
 
     def _take(self, stay: Sequence[int]) -> None:
         self.had_backward = [len(waiting) > delay for waiting, delay in zip(self._waiting, stay)]

@@ -85,7 +85,7 @@ def ask_in_two_ways() -> Any:
     rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
     groups = [dist.new_group([0]), dist.new_group([1])]
-    replicas = Replicas(groups[rank])
+    replicas = Replicas(groups[rank], groups[rank])
     sizes = [dist.get_world_size()]
     with replicas.step():
         value = torch.ones(())

@@ -47,11 +47,6 @@ def test_devices_that_stages_do_not_divide(num_stages: int, devices: int) -> Non
     assert "virtual=True" in str(error.value)
 
 
-def test_replicas_wait_for_a_later_version() -> None:
-    with pytest.raises(MisconfigurationException, match="Several replicas of a pipeline are not supported yet"):
-        Trainer(accelerator="cpu", devices=4, strategy=DelayedMPStrategy(num_stages=2))
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
@@ -59,7 +54,23 @@ def test_replicas_wait_for_a_later_version() -> None:
         ({"num_stages": "two"}, TypeError, "`num_stages` must be an integer or 'auto', but is 'two'"),
         ({"backward": "later"}, ValueError, "'stash', 'recompute' or 'replay', but is 'later'"),
         ({"virtual": True}, ValueError, "`virtual=True` needs `num_stages`"),
-        ({"num_stages": 2, "virtual": True, "devices": 2}, MisconfigurationException, "there are 2. Set `devices=1`"),
+        ({"data_parallel_size": 0}, MisconfigurationException, "`data_parallel_size` must be at least 1 or 'auto'"),
+        ({"data_parallel_size": 1.5}, TypeError, "`data_parallel_size` must be an integer or 'auto', but is 1.5"),
+        (
+            {"num_stages": 2, "data_parallel_size": 3, "devices": 4},
+            MisconfigurationException,
+            "must make the number of devices, but 2 times 3 is not 4. Set `Trainer(devices=6)`",
+        ),
+        (
+            {"data_parallel_size": 2, "devices": 3},
+            MisconfigurationException,
+            "must make the number of devices, but 1 times 2 is not 3. Set `Trainer(devices=2)`",
+        ),
+        (
+            {"num_stages": 2, "virtual": True, "data_parallel_size": 2, "devices": 1},
+            MisconfigurationException,
+            "`virtual=True` and `data_parallel_size` must make the number of devices, but 2 is not 1",
+        ),
     ],
 )
 def test_arguments_of_the_strategy(arguments: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -1,0 +1,258 @@
+"""Several replicas of several stages: each stage averages its gradients with its replicas."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from tests import models
+from tests.habits import ThreeBlocks, UnfreezesWhileInFlight
+from tests.integration.test_collectives import Asks
+from tests.pool import Failure, WorkerPool
+from tests.reference import train_by_hand
+from tests.training import Outcome, assert_equal, fit
+
+MAX_NORM = 0.4
+SGD, ADAM = 1e-6, 1e-5
+
+
+def batches_of(replica: int, num_replicas: int) -> list[Any]:
+    """What Lightning gives a replica under DDP."""
+    loader = models.vectors()
+    sampler: DistributedSampler[Any] = DistributedSampler(loader.dataset, num_replicas, replica, shuffle=True, seed=7)
+    return list(DataLoader(loader.dataset, loader.batch_size, sampler=sampler))
+
+
+def fit_on(
+    pool: WorkerPool,
+    num_stages: int,
+    num_replicas: int,
+    module: Callable[..., LightningModule] = models.MLP,
+    loader: Callable[[], Any] = models.vectors,
+    virtual: bool = False,
+    strategy: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> list[Outcome]:
+    """The outcomes of all ranks."""
+    num_devices = num_replicas * (1 if virtual else num_stages)
+    strategy = {"num_stages": num_stages, "virtual": virtual, **(strategy or {})}
+    return pool.run(fit, num_devices, module, loader, strategy, num_devices, **kwargs)
+
+
+def assert_agree(outcomes: list[Outcome]) -> None:
+    for other in outcomes[1:]:
+        for key, value in outcomes[0].state.items():
+            torch.testing.assert_close(other.state[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "accumulate", "max_norm"),
+    [
+        ("momentum", 1, None),
+        ("adamw", 1, None),
+        ("adamw", 2, MAX_NORM),
+        ("momentum", 3, MAX_NORM),
+        ("momentum", 8, None),
+    ],
+)
+@pytest.mark.parametrize(("num_stages", "num_replicas"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("virtual", [False, True])
+def test_replicas_are_a_fifo_of_averages(
+    pool: WorkerPool,
+    num_stages: int,
+    num_replicas: int,
+    optimizer: str,
+    accumulate: int,
+    max_norm: float | None,
+    virtual: bool,
+) -> None:
+    args: dict[str, Any] = {"module_args": {"optimizer": optimizer}, "accumulate_grad_batches": accumulate}
+    outcomes = fit_on(pool, num_stages, num_replicas, virtual=virtual, gradient_clip_val=max_norm, **args)
+    assert_agree(outcomes)
+    ours = outcomes[0]
+
+    seed_everything(7, verbose=False)
+    module = models.MLP(optimizer=optimizer)
+    replicas = [batches_of(r, num_replicas) for r in range(num_replicas)]
+    losses = train_by_hand(module, replicas, ours.stages, num_stages, accumulate, max_norm)
+    if accumulate == 1:
+        assert [row["loss"] for _, row in ours.rows if "loss" in row] == pytest.approx(losses, rel=1e-6)
+    tolerance = ADAM if optimizer == "adamw" else SGD
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(ours.state[name], p.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+@pytest.mark.parametrize(("module", "loader"), [(models.MLP, models.vectors), (models.ResidualNet, models.images)])
+def test_replicas_of_one_stage_are_plain_ddp_bit_for_bit(
+    pool: WorkerPool, module: Any, loader: Any, optimizer: str
+) -> None:
+    args = {"module_args": {"optimizer": optimizer}, "accumulate_grad_batches": 2}
+    plain = pool.run(fit, 2, module, loader, "ddp", 2, **args)
+    ours = pool.run(fit, 2, module, loader, {"num_stages": 1}, 2, **args)
+    for a, b in zip(ours, plain):
+        assert_equal(a, b, 0.0)
+
+
+class UsesOneOfTwo(ThreeBlocks):
+    """A block is used in some batches of some replicas."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.other = self.kind()
+
+    def features(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.trainer.fit_loop.batch_idx % 3 == 0 or x[0, 0] > 0:
+            h = self.other(h)
+        return self.third(self.second(h))
+
+
+class MeanOverReplicas(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return MeanOverReplicas.forward(ctx, grad)
+
+
+class NormalisesOverReplicas(ThreeBlocks):
+    """As SyncBatchNorm, which runs on accelerators alone, does: collectives in both directions."""
+
+    class kind(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            mean = MeanOverReplicas.apply(x.mean(0))
+            self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+            return torch.tanh(x - mean)
+
+    kind_of_others = kind
+
+
+@pytest.mark.parametrize(
+    ("name", "num_stages", "options", "args"),
+    [
+        ("ragged", 2, {}, {}),
+        ("ragged", 4, {"backward": "recompute"}, {}),
+        ("norms", 2, {}, {}),
+        ("norms", 3, {"gradient_as_bucket_view": True, "bucket_cap_mb": 1}, {"accumulate_grad_batches": 2}),
+        ("collectives", 2, {}, {}),
+        ("collectives", 3, {"backward": "recompute"}, {}),
+        ("metrics", 2, {}, {"make_val_loader": models.vectors}),
+        ("unused", 2, {"find_unused_parameters": True}, {}),
+        ("flush within an update", 3, {}, {"accumulate_grad_batches": 4, "val_check_interval": 6}),
+    ],
+)
+def test_replicas_equal_virtual_stages(
+    pool: WorkerPool, name: str, num_stages: int, options: dict[str, Any], args: dict[str, Any]
+) -> None:
+    module, loader = {
+        "ragged": (models.LanguageModel, models.ragged_tokens),
+        "norms": (models.ResidualNet, models.images),
+        "collectives": (NormalisesOverReplicas, models.vectors),
+        "metrics": (Asks, models.vectors),
+        "unused": (UsesOneOfTwo, models.vectors),
+        "flush within an update": (models.ValidatedMLP, models.vectors),
+    }[name]
+    if "val_check_interval" in args:
+        args |= {"make_val_loader": models.vectors}
+    ours = fit_on(pool, num_stages, 2, module, loader, strategy=options, **args)
+    virtual = {key: value for key, value in options.items() if key != "backward"}
+    expected = fit_on(pool, num_stages, 2, module, loader, virtual=True, strategy=virtual, **args)
+    for replica in range(2):
+        if name != "norms" or replica == 0:  # of the others the statistics are not those of the first one
+            assert_equal(ours[replica * num_stages], expected[replica], SGD)
+
+
+def test_parameters_that_are_unfrozen_later(pool: WorkerPool) -> None:
+    """Replicas that see the same data do what one does."""
+    args: dict[str, Any] = {"module_args": {"optimizer": "momentum"}, "use_distributed_sampler": False}
+    expected = fit_on(pool, 3, 1, UnfreezesWhileInFlight, **args)[0]
+    outcomes = fit_on(pool, 3, 2, UnfreezesWhileInFlight, **args)
+    assert_agree(outcomes)
+    assert_equal(outcomes[0], expected, SGD)
+
+
+def fit_with_hook(hook: Any, wrapper: Any = None, state: Any = None, num_stages: int = 2) -> Outcome:
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2) if state else None
+    hooks = {"ddp_comm_hook": hook, "ddp_comm_wrapper": wrapper, "ddp_comm_state": state}
+    return fit(models.MLP, models.vectors, {"num_stages": num_stages, **hooks}, 2 * num_stages)
+
+
+@pytest.mark.parametrize(
+    ("hook", "wrapper", "state", "tolerance"),
+    [
+        (default_hooks.fp16_compress_hook, None, False, 1e-3),
+        (default_hooks.allreduce_hook, default_hooks.fp16_compress_wrapper, False, 1e-3),
+        (powerSGD_hook.powerSGD_hook, None, True, 0.1),
+    ],
+    ids=["fp16", "wrapper", "powerSGD"],
+)
+def test_communication_hooks(pool: WorkerPool, hook: Any, wrapper: Any, state: bool, tolerance: float) -> None:
+    expected = fit_on(pool, 2, 2)[0]
+    outcomes = pool.run(fit_with_hook, 4, hook, wrapper, state)
+    assert_agree(outcomes)
+    differences = [(outcomes[0].state[name] - value).abs().max().item() for name, value in expected.state.items()]
+    assert 1e-7 < max(differences) < tolerance
+
+
+def test_a_hook_that_needs_nccl(pool: WorkerPool) -> None:
+    for result in pool.try_run(fit_with_hook, 4, default_hooks.bf16_compress_hook):
+        assert isinstance(result, Failure)
+        assert result.type == MisconfigurationException.__name__
+        assert "The communication hook `bf16_compress_hook` does not work here" in result.message
+        assert "NCCL" in result.message
+
+
+class Stream(IterableDataset[Any]):
+    """Longer on the second replica."""
+
+    def __iter__(self) -> Iterator[Any]:
+        replica = int(os.environ["LOCAL_RANK"]) // 2
+        yield from list(models.vectors())[: 12 + 5 * replica]
+
+
+class Sized(Stream):
+    def __len__(self) -> int:  # which promises too much
+        return 20
+
+
+def stream() -> DataLoader:
+    return DataLoader(Stream(), batch_size=None)
+
+
+def sized_stream() -> DataLoader:
+    return DataLoader(Sized(), batch_size=None)
+
+
+def longer() -> DataLoader:
+    return models.vectors(96 + 40 * (int(os.environ["LOCAL_RANK"]) // 2))
+
+
+@pytest.mark.parametrize("loader", [stream, sized_stream, longer])
+@pytest.mark.parametrize("accumulate", [1, 5])
+def test_replicas_end_with_the_shortest_data(pool: WorkerPool, loader: Any, accumulate: int) -> None:
+    args: dict[str, Any] = {"max_epochs": 2, "use_distributed_sampler": False, "accumulate_grad_batches": accumulate}
+    outcomes = fit_on(pool, 2, 2, loader=loader, **args)
+    assert_agree(outcomes)
+    updates = 12 // accumulate + (loader is not sized_stream and accumulate > 1)  # nobody has known which is the last
+    assert {len([row for _, row in outcomes[r].rows if "loss" in row]) for r in (0, 2)} == {2 * updates}

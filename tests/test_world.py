@@ -1,0 +1,40 @@
+"""What all processes decide together."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_dgmp.world import PeerError, World
+from tests.pool import WorkerPool
+
+
+def give_and_fail(item: Any) -> Any:
+    """Rank 0 sleeps while rank 1 gives what it has and fails."""
+    rank, sleep = int(os.environ["LOCAL_RANK"]), time.sleep
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    world = World("127.0.0.1", timedelta(seconds=20))
+    world.all_gather(None, "the start")
+    if rank == 1:
+        sleep(0.2)
+        world.gather(item, "a test", [0, 1], 0)
+        world.fail("the reason")
+        return None
+    with patch("time.sleep", lambda seconds: sleep(max(seconds, 0.5))):  # as on a busy machine
+        gathered = world.gather(item, "a test", [0, 1], 0)
+    with pytest.raises(PeerError, match="the reason"):
+        world.all_gather(None, "another test")
+    return gathered
+
+
+@pytest.mark.parametrize("item", [1, torch.ones(3)])
+def test_what_was_done_before_a_failure_counts(pool: WorkerPool, item: Any) -> None:
+    gathered = pool.run(give_and_fail, 2, item)[0]
+    assert [str(i) for i in gathered] == [str(item)] * 2
