@@ -101,7 +101,7 @@ class Evaluation:
         except PlanError as error:
             reason = str(error)
         else:
-            self._transport.open(plan.edges())
+            self._transport.open(plan.edges(), by_all=False)
             runner = self._make_runner(plan)
             logged: dict[str, Metric] = self._module.trainer._results or {}
             names, undo = set(logged), [attributes_saved(module) for module in (self._module, *logged.values())]

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "BasePredictionWriter",
+    "BitsandbytesPrecision",
     "DDPStrategy",
+    "DeepSpeedPrecision",
     "DummyLogger",
+    "FSDPPrecision",
     "LightningModule",
     "MisconfigurationException",
     "MixedPrecision",
@@ -24,6 +27,7 @@ __all__ = [
     "TorchCheckpointIO",
     "Trainer",
     "TrainerFn",
+    "TransformerEnginePrecision",
     "_EvaluationLoop",
     "_FitLoop",
     "_Loop",
@@ -56,7 +60,13 @@ if TYPE_CHECKING or not _IS_STANDALONE:
     from lightning.pytorch.loops.loop import _Loop
     from lightning.pytorch.loops.prediction_loop import _PredictionLoop
     from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-    from lightning.pytorch.plugins import MixedPrecision
+    from lightning.pytorch.plugins import (
+        BitsandbytesPrecision,
+        DeepSpeedPrecision,
+        FSDPPrecision,
+        MixedPrecision,
+        TransformerEnginePrecision,
+    )
     from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
     from lightning.pytorch.trainer import call
     from lightning.pytorch.trainer.states import TrainerFn
@@ -77,7 +87,13 @@ else:
     from pytorch_lightning.loops.loop import _Loop
     from pytorch_lightning.loops.prediction_loop import _PredictionLoop
     from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
-    from pytorch_lightning.plugins import MixedPrecision
+    from pytorch_lightning.plugins import (
+        BitsandbytesPrecision,
+        DeepSpeedPrecision,
+        FSDPPrecision,
+        MixedPrecision,
+        TransformerEnginePrecision,
+    )
     from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
     from pytorch_lightning.trainer import call
     from pytorch_lightning.trainer.states import TrainerFn

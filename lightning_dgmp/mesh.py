@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import wraps
 from types import FrameType
@@ -129,7 +129,10 @@ class MeshStrategy(DDPStrategy):
     @property
     def _stage_ranks(self) -> list[int]:
         """The global rank of each stage of this replica."""
-        return [self.replica * self.num_stages + delay for delay in delays_of(self.num_stages)]
+        return self._ranks_of(self.replica)
+
+    def _ranks_of(self, replica: int) -> list[int]:
+        return [replica * self.num_stages + delay for delay in delays_of(self.num_stages)]
 
     @property
     def _is_pipeline(self) -> bool:
@@ -162,9 +165,10 @@ class MeshStrategy(DDPStrategy):
                     firsts = range(self.num_stages - 1, self.world_size, self.num_stages)
                     self._group_of_firsts = dist.new_group(firsts, backend="gloo", timeout=timeout)
                 self._vote = Vote(self._group_of_firsts, self._world.wait)
+            replicas = [self._ranks_of(replica) for replica in range(self.data_parallel_size)]
             if self._channels is None:
-                self._channels = group_of_channels(self._stage_ranks)
-            where = self._stage_ranks, self._channels, self.root_device
+                self._channels = group_of_channels(replicas)
+            where = replicas, self.replica, self._channels, self.root_device
             self._transport = Transport(self.stage, *where, timeout, over_nccl)
         if self._replicas is None and self.num_stages > 1 and self.world_size > 1:
             if self._single is None:
@@ -225,10 +229,20 @@ class MeshStrategy(DDPStrategy):
         try:
             yield
         except RuntimeError as error:
-            reason = None if self._world is None else self._world.failure()
-            if reason is None or isinstance(error, PeerError):
+            reason = None
+            if self._world is not None and not isinstance(error, PeerError):
+                with suppress(RuntimeError):  # rank 0 is gone
+                    reason = self._world.failure()
+            if reason is None:
                 raise
             raise PeerError(reason) from error
+
+    def wait_among_replicas(self, work: Any, what: str) -> None:
+        """Wait for a collective among replicas: with gloo the process, with NCCL the stream of its device."""
+        if self._world is None or self._get_process_group_backend() == "nccl":
+            work.wait()
+        else:
+            self._world.wait(work, what)
 
     @override
     def _register_ddp_hooks(self) -> None:

@@ -100,6 +100,7 @@ class Pipeline:
         self,
         group: dist.ProcessGroup,
         wrap: Callable[..., DistributedDataParallel],
+        wait: Callable[[Any, str], None],
         broadcast_buffers: bool,
         agree: Callable[[Wish], Wish],
     ) -> None:
@@ -108,6 +109,7 @@ class Pipeline:
         Args:
             group: The process group of this stage in all replicas.
             wrap: Makes DDP of a module.
+            wait: Waits for a collective in the group.
             broadcast_buffers: As DDP's option.
             agree: What wishes of this first stage become together with those of the others.
         """
@@ -118,7 +120,7 @@ class Pipeline:
             for path, module in runner.root.named_modules()
             if module._buffers and broadcast_buffers and owners.get(path) in (None, runner.stage)
         ]
-        runner.averaging = Averaging(list(runner.own.values()), buffers, group, wrap, runner.device)
+        runner.averaging = Averaging(list(runner.own.values()), buffers, group, wrap, wait, runner.device)
         runner.agree = agree
 
     @contextmanager

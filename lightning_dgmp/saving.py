@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -50,6 +52,12 @@ class SavingStrategy(MeshStrategy):
         self._seed = 0
         self._seeds: list[int] = []  # of all replicas
         self._loaded_seeds: list[int] = []
+        self._loaded_squares = torch.zeros(0)
+
+    @property
+    @abstractmethod
+    def squares(self) -> Tensor | None:
+        """What is known of the norms of gradients."""
 
     @abstractmethod
     def flush(self) -> None:
@@ -80,7 +88,11 @@ class SavingStrategy(MeshStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.num_stages > 1:
-            checkpoint[_KEY] = {"seeds": self._seeds}  # from which the random numbers of all epochs and steps follow
+            squares = {} if self.squares is None else {"squares": self.squares.cpu()}
+            checkpoint[_KEY] = {
+                "seeds": self._seeds,
+                **squares,
+            }  # from which the random numbers of all epochs and steps follow
         if self._is_sharded:
             group = None if self._world is None else self._world.group
             save_sharded(checkpoint, Path(filepath), group, self.is_global_zero, self.barrier)
@@ -108,4 +120,5 @@ class SavingStrategy(MeshStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
-        self._loaded_seeds = checkpoint.get(_KEY, {}).get("seeds", [])
+        ours = checkpoint.get(_KEY, {})
+        self._loaded_seeds, self._loaded_squares = ours.get("seeds", []), ours.get("squares", torch.zeros(0))

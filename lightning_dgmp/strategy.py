@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
@@ -23,6 +24,7 @@ from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
     MisconfigurationException,
+    MixedPrecision,
     StrategyRegistry,
     Trainer,
     TrainerFn,
@@ -39,6 +41,7 @@ from lightning_dgmp.nests import map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
+from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
 from lightning_dgmp.saving import SavingStrategy
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
@@ -98,6 +101,7 @@ class DelayedMPStrategy(SavingStrategy):
         self._backward: BackwardMode = backward
         self._feed: Feed | None = None
         self._undo_callbacks: Callable[[], None] = _nothing
+        self._undo_scaler: Callable[[], None] = _nothing
         self._reset_pipeline()
 
     def _reset_pipeline(self) -> None:
@@ -105,9 +109,18 @@ class DelayedMPStrategy(SavingStrategy):
         self._pipeline = None
         self._queues: GradientQueues | None = None
         self._notes: VirtualNotes | None = None
+        self._scaler: VirtualGradScaler | None = None
         self._evaluation: Evaluation | None = None
         self._seed = 0
         self._num_steps = 0
+
+    @property
+    def squares(self) -> Tensor | None:
+        """The squared norm of each stage's newest gradient, as far as it is known here, if gradients are clipped."""
+        if self._notes is not None:
+            return self._notes.squares
+        notes = None if self.runner is None else self.runner.notes
+        return notes.squares if notes is not None and notes.takes_norms else None
 
     @property
     def plan(self) -> Plan:
@@ -238,8 +251,7 @@ class DelayedMPStrategy(SavingStrategy):
         if self._world is None or self._transport is None:
             copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
             self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan, copies)
-            if clips_by_norm(module):
-                self._notes = VirtualNotes(self.num_stages, self.root_device)
+            self._prepare_notes()
             return
         self._pipeline = Pipeline(
             module,
@@ -253,14 +265,39 @@ class DelayedMPStrategy(SavingStrategy):
             seed=self._seed,
             first_batch=module.trainer.fit_loop.epoch_loop.total_batch_idx,
         )
-        if clips_by_norm(module):
-            self._pipeline.runner.notes = StageNotes(self.stage, self.num_stages, self.root_device)
+        self._prepare_notes()
         if self.data_parallel_size > 1:
             broadcasts_buffers = self._ddp_kwargs.get("broadcast_buffers", True)
             group = self.device_mesh.get_group("replica")
-            self._pipeline.average(group, self.wrap_in_ddp, broadcasts_buffers, self.agree_on_wishes)
+            wait = self.wait_among_replicas
+            self._pipeline.average(group, self.wrap_in_ddp, wait, broadcasts_buffers, self.agree_on_wishes)
         self._interception.use(self._pipeline.runner)
         self._evaluation = None  # what was planned with the whole model
+
+    def _prepare_notes(self) -> None:
+        """Let norms travel, if they are wanted, and the scales of `16-mixed`."""
+        module, plugin, queues, runner = self.lightning_module, self.precision_plugin, self._queues, self.runner
+        assert module is not None
+        norms = clips_by_norm(module)
+        original = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+        is_known = len(self._loaded_squares) == self.num_stages
+        squares = self._loaded_squares if is_known else torch.zeros(self.num_stages)
+        squares = squares.to(self.root_device)
+        if queues is not None:
+            self._scaler = None if original is None else VirtualGradScaler(original, queues.stages)
+            self._notes = VirtualNotes(squares) if norms else None
+            self._use_scaler(self._scaler)
+        elif runner is not None and (norms or original is not None):
+            scaler = None if original is None else StageGradScaler(original, runner.is_last)
+            runner.notes = StageNotes(self.stage, squares, norms, scaler)
+            self._use_scaler(scaler)
+
+    def _use_scaler(self, scaler: GradScaler | None) -> None:
+        """Let the precision plugin use ``scaler`` instead of its own, until the end."""
+        plugin = self.precision_plugin
+        if scaler is not None and isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            self._undo_scaler = partial(_give_back, plugin, plugin.scaler)
+            plugin.scaler = scaler
 
     def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
         module = self.lightning_module
@@ -345,12 +382,11 @@ class DelayedMPStrategy(SavingStrategy):
 
         is_step = not module.trainer.fit_loop._should_accumulate()
         if queues is not None:
-            if self._notes is not None:
-                self._notes.begin()
+            self._begin_iteration()
             queues.set_aside()
             of_loss()
-            queues.exchange()
-            self._note_norms(is_step)
+            queues.exchange(None if self._scaler is None else self._scaler.remove_scale())
+            self._end_iteration(is_step)
         elif runner is not None and runner.due:
             with self.step_among_replicas(), self.averaging():
                 runner.backward(of_loss, is_step)
@@ -376,15 +412,26 @@ class DelayedMPStrategy(SavingStrategy):
         optimizer.step(lambda: result)
         return result
 
-    def _note_norms(self, is_step: bool) -> None:
-        """With virtual stages: note the norms of the gradients that are there after an iteration."""
-        if self._notes is not None and self._queues is not None:
-            self._notes.note(self._queues.gradients() if is_step else [[]] * self.num_stages, self._queues.had_backward)
+    def _begin_iteration(self) -> None:
+        """With virtual stages: what would travel with activations has arrived."""
+        if self._notes is not None:
+            self._notes.begin()
+        if self._scaler is not None:
+            self._scaler.begin()
+
+    def _end_iteration(self, is_step: bool) -> None:
+        """With virtual stages: note what belongs to the gradients that are there now."""
+        queues = self._queues
+        assert queues is not None
+        if self._scaler is not None:
+            self._scaler.use(queues.scales)
+        if self._notes is not None:
+            self._notes.note(queues.gradients() if is_step else [[]] * self.num_stages, queues.had_backward)
 
     def _clipping(self) -> AbstractContextManager[None]:
         """Around a step: clipping by norm takes that of all stages."""
         runner, queues, notes = self.runner, self._queues, self._notes
-        if runner is not None and runner.notes is not None:
+        if runner is not None and runner.notes is not None and runner.notes.takes_norms:
             return clipping_by_total_norm([(list(runner.own.values()), runner.notes.total_norm)])
         if queues is not None and notes is not None:
             return clipping_by_total_norm([(own, partial(notes.total_norm, k)) for k, own in enumerate(queues.stages)])
@@ -397,14 +444,16 @@ class DelayedMPStrategy(SavingStrategy):
         """
         runner, queues = self.runner, self._queues
         if queues is not None and queues.num_waiting:
-            if self._notes is not None:
-                self._notes.begin()
+            self._begin_iteration()
 
             def drain(is_open: bool, is_step: bool) -> None:
                 queues.drain(is_open)
-                self._note_norms(is_step)
+                self._end_iteration(is_step)
 
             flush_batches(self, lambda: queues.num_waiting, drain)
+            if self._scaler is not None:
+                self._scaler.begin()
+                self._scaler.settle()
         elif runner is not None and runner.begin_flush():
 
             def backward(is_open: bool, is_step: bool) -> None:
@@ -515,6 +564,8 @@ class DelayedMPStrategy(SavingStrategy):
     @override
     def teardown(self) -> None:
         self._undo_callbacks()
+        self._undo_scaler()
+        self._undo_scaler = _nothing
         if self._feed is not None:
             self._feed.close()
             self._feed = None
@@ -544,6 +595,12 @@ if "delayed_mp" not in StrategyRegistry:
 
 
 def _nothing() -> None: ...
+
+
+def _give_back(plugin: MixedPrecision, scaler: GradScaler) -> None:
+    assert plugin.scaler is not None
+    scaler.load_state_dict(plugin.scaler.state_dict())
+    plugin.scaler = scaler
 
 
 def _same(leaf: Any) -> Any:

@@ -9,10 +9,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS
 
 from lightning_dgmp.host import (
+    BitsandbytesPrecision,
+    DeepSpeedPrecision,
+    FSDPPrecision,
     LightningModule,
     MisconfigurationException,
     MixedPrecision,
     Trainer,
+    TransformerEnginePrecision,
     callbacks,
     is_overridden,
 )
@@ -20,6 +24,7 @@ from lightning_dgmp.host import (
 # `WeightAveraging` is new in Lightning 2.6
 _NAMES = ("StochasticWeightAveraging", "WeightAveraging")
 _AVERAGING = tuple(getattr(callbacks, name) for name in _NAMES if hasattr(callbacks, name))
+_PRECISIONS = BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision
 
 __all__ = ["check_devices", "check_optimizers", "check_supported"]
 
@@ -71,10 +76,17 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
         raise MisconfigurationException(
             f"{strategy} needs `training_step(batch, ...)`, but `{type(module).__name__}` takes `dataloader_iter`."
         )
-    if isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None:
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, _PRECISIONS):
         raise MisconfigurationException(
-            f"{strategy} does not support `precision='16-mixed'` yet, because each stage would scale its loss alone."
-            " Use `precision='bf16-mixed'`."
+            f"{strategy} does not support `{type(plugin).__name__}`, which exchanges modules or their weights. Use one"
+            " of `precision=` '32-true', '64-true', 'bf16-mixed', '16-mixed', 'bf16-true' and '16-true'."
+        )
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    if scaler is not None and not issubclass(torch.cuda.amp.GradScaler, type(scaler)):
+        raise MisconfigurationException(
+            f"{strategy} scales losses as `torch.amp.GradScaler` does, but the precision plugin has a"
+            f" `{type(scaler).__name__}`. Use torch's, which may have any settings."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, callbacks.LearningRateFinder):

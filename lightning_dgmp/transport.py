@@ -58,13 +58,25 @@ class Peer(NamedTuple):
         return f"stage {self.stage} (rank {self.rank})"
 
 
-def group_of_channels(ranks: Sequence[int]) -> Any:
-    """A process group for the transports of the stages with these global ranks, which all of them must make together.
+def group_of_channels(replicas: Sequence[Sequence[int]]) -> Any:
+    """A process group for the transports of a replica, which all processes must make together.
 
-    It serves any number of them, one after the other, if all end well.
+    It serves any number of transports, one after the other, if all end well.
+
+    Args:
+        replicas: The global ranks of the stages of each.
     """
     # Threads receive ahead, also while nothing is to come for long: only who needs a message has a limit.
-    return dist.new_group(sorted(ranks), timeout=_FOREVER, backend="gloo", use_local_synchronization=True)
+    return _group_of_own([sorted(ranks) for ranks in replicas], timeout=_FOREVER, backend="gloo")
+
+
+def _group_of_own(candidates: Sequence[Sequence[int]], **kwargs: Any) -> Any:
+    """The process group of those ranks to which this process belongs.
+
+    All processes make all groups: a group that only its members make gets a name by how many groups a member has.
+    """
+    groups = [dist.new_group(list(ranks), **kwargs) for ranks in candidates]
+    return next((group for group, ranks in zip(groups, candidates) if dist.get_rank() in ranks), None)
 
 
 class Transport:
@@ -72,7 +84,8 @@ class Transport:
 
     Args:
         stage: The stage of this process.
-        ranks: The global rank of each stage.
+        replicas: The global rank of each stage of each replica.
+        replica: Which of them this is.
         group: Their :func:`group_of_channels`.
         device: Where received tensors should be.
         timeout: How long to wait for a message before giving up.
@@ -82,14 +95,16 @@ class Transport:
     def __init__(
         self,
         stage: int,
-        ranks: Sequence[int],
+        replicas: Sequence[Sequence[int]],
+        replica: int,
         group: Any,
         device: torch.device,
         timeout: timedelta,
         over_nccl: bool = False,
     ) -> None:
         self.timeout, self._group, self._device, self._over_nccl = timeout, group, device, over_nccl
-        self._peers = [Peer(k, rank) for k, rank in enumerate(ranks)]
+        self._replicas = replicas
+        self._peers = [Peer(k, rank) for k, rank in enumerate(replicas[replica])]
         self.me = self._peers[stage]
         self._in: dict[tuple[str, int], _Inbox] = {}
         self._out: dict[tuple[str, int], _Outbox] = {}
@@ -97,12 +112,18 @@ class Transport:
         for peer in self._peers[1:]:
             self._connect(DATA, self._peers[0], peer, torch.device("cpu"))
 
-    def open(self, edges: Iterable[tuple[int, int]]) -> None:
-        """Open the channels between pairs of stages that exchange activations and errors; they stay open."""
+    def open(self, edges: Iterable[tuple[int, int]], by_all: bool = True) -> None:
+        """Open the channels between pairs of stages that exchange activations and errors; they stay open.
+
+        Args:
+            edges: The pairs.
+            by_all: Whether all replicas open the same channels now.
+        """
+        over_nccl = self._over_nccl and (by_all or len(self._replicas) == 1)
         for edge in sorted(set(edges) - self._edges):
             source, target = (self._peers[k] for k in edge)
-            self._connect(ACTIVATIONS, source, target, self._device)
-            self._connect(ERRORS, target, source, self._device)
+            self._connect(ACTIVATIONS, source, target, self._device, over_nccl)
+            self._connect(ERRORS, target, source, self._device, over_nccl)
             self._edges.add(edge)
 
     def serve(self, answer: Callable[[int, Message], Message | None]) -> None:
@@ -110,7 +131,7 @@ class Transport:
         host, server = torch.device("cpu"), self._peers[0]
         for peer in self._peers[1:]:
             self._connect(_REPLIES, server, peer, host)
-            self._connect(REQUESTS, peer, server, host, partial(self._reply, answer, peer.stage))
+            self._connect(REQUESTS, peer, server, host, take=partial(self._reply, answer, peer.stage))
 
     def _reply(self, answer: Callable[[int, Message], Message | None], stage: int, arriving: Arriving) -> None:
         reply = answer(stage, arriving.message)
@@ -128,13 +149,13 @@ class Transport:
         source: Peer,
         target: Peer,
         device: torch.device,
+        over_nccl: bool = False,
         take: Callable[[Arriving], None] | None = None,
     ) -> None:
         pair = None
-        if self._over_nccl and device.type == "cuda":  # a communicator for itself, or transfers would wait in line
-            ranks = sorted((source.rank, target.rank))
-            if self.me in (source, target):
-                pair = dist.new_group(ranks, timeout=self.timeout, backend="nccl", use_local_synchronization=True)
+        if over_nccl:  # a communicator for itself, or transfers would wait in line
+            pairs = [sorted((ranks[source.stage], ranks[target.stage])) for ranks in self._replicas]
+            pair = _group_of_own(pairs, timeout=self.timeout, backend="nccl")
         bound, tag = len(self._peers) + 1, _DIRECTIONS.index(direction)
         if self.me == source:
             self._out[direction, target.stage] = _Outbox(Wire(self._group, tag, pair, target.rank, device), bound)

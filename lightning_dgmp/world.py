@@ -145,7 +145,12 @@ class World:
         def give_up() -> None:
             raise PeerError(f"Rank {self.rank} waited {self.timeout} for the others at {what}.")
 
-        self._wait_until(work.is_completed, give_up, grace=_LAST_WORDS, longest_pause=_LONGEST_PAUSE / 10)
+        try:
+            self._wait_until(work.is_completed, give_up, grace=_LAST_WORDS, longest_pause=_LONGEST_PAUSE / 10)
+        except PeerError:
+            if not isinstance(work, _Blocking):
+                self.guarded(work.get_future(), what)  # it goes on
+            raise
         work.wait()
 
     def guarded(self, future: Future[Any], what: str) -> Future[Any]:

@@ -22,7 +22,7 @@ def connect(timeout: float = 20) -> tuple[Transport, int]:
     rank = int(os.environ["LOCAL_RANK"])
     limit = timedelta(seconds=timeout)
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    transport = Transport(1 - rank, [1, 0], group_of_channels([1, 0]), torch.device("cpu"), limit)
+    transport = Transport(1 - rank, [[1, 0]], 0, group_of_channels([[1, 0]]), torch.device("cpu"), limit)
     transport.open([(0, 1)])
     return transport, 1 - rank
 

@@ -25,6 +25,7 @@ class Averaging:
         buffers: The buffers of each of its modules, of which all replicas use those of the first one.
         group: The process group of this stage's replicas.
         wrap: ``wrap(module, **kwargs)`` makes DDP of a module with these arguments and those of the user.
+        wait: ``wait(work, what)`` waits for a collective in that group, with a limit.
         device: Where the stage lives.
     """
 
@@ -34,9 +35,11 @@ class Averaging:
         buffers: list[dict[str, Tensor | None]],
         group: dist.ProcessGroup,
         wrap: Callable[..., DistributedDataParallel],
+        wait: Callable[[Any, str], None],
         device: torch.device,
     ) -> None:
-        self._own, self._buffers, self._group, self._wrap, self._device = own, buffers, group, wrap, device
+        self._own, self._buffers, self._device = own, buffers, device
+        self._group, self._wrap, self._wait = group, wrap, wait
         self._trained, self._ddp = self._wrapped()
         self.share_buffers()
 
@@ -74,11 +77,13 @@ class Averaging:
         """Average gradients that have added up without being reduced."""
         trained = [p for p in self._own if p.requires_grad]
         used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=self._device)
-        dist.all_reduce(used, dist.ReduceOp.MAX, self._group)
+        work = dist.all_reduce(used, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._wait(work, "the average of gradients")
         for parameter, is_used in zip(trained, used.tolist()):
             if is_used:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(grad.div_(self._group.size()), group=self._group)
+                work = dist.all_reduce(grad.div_(self._group.size()), group=self._group, async_op=True)
+                self._wait(work, "the average of gradients")
                 parameter.grad = grad
 
     @torch.no_grad()
@@ -97,7 +102,8 @@ class Averaging:
             return
         contents = [buffer.reshape(-1).view(torch.uint8) for buffer in buffers.values()]
         together = torch.cat(contents)
-        dist.broadcast(together, group=self._group, group_src=0)
+        work = dist.broadcast(together, group=self._group, group_src=0, async_op=True)
+        self._wait(work, "the buffers of the first replica")
         if self._group.rank() == 0:
             return
         parts = together.split([content.numel() for content in contents])

@@ -1,4 +1,6 @@
-"""Norms of gradients, which ride along with the values of a batch, so that each stage can clip by the norm of all.
+"""Norms of gradients and scales of losses, which ride along with the values of a batch.
+
+So each stage can clip by the norm of all, and knows by what its gradients are scaled.
 
 Nobody waits for them. With the activations of a batch a stage learns the newest about earlier stages, with its errors
 what later stages made of the same batch. So at its iteration ``t`` stage ``k`` knows the gradient of stage ``j < k`` as
@@ -12,7 +14,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_dgmp.precision import StageGradScaler
 
 __all__ = ["StageNotes", "VirtualNotes"]
 
@@ -20,51 +24,70 @@ __all__ = ["StageNotes", "VirtualNotes"]
 class StageNotes:
     """What one stage knows. Vectors hold the squared norm of each stage's newest gradient, in float32.
 
+    With a scaler they have one number more: to later stages the smallest scale that has overflowed, to earlier ones
+    the scale of the errors.
+
     Args:
-        stage: Which stage this is.
-        num_stages: How many there are.
-        device: Where its gradients are.
+        stage: The number of this stage.
+        squares: What it knows at first.
+        norms: Whether norms are wanted.
+        scaler: Of its gradients, if any.
     """
 
-    def __init__(self, stage: int, num_stages: int, device: torch.device) -> None:
-        self._stage, self._squares = stage, torch.zeros(num_stages, device=device)
+    def __init__(self, stage: int, squares: Tensor, norms: bool = True, scaler: StageGradScaler | None = None) -> None:
+        self._stage, self.squares, self.takes_norms, self._scaler = stage, squares, norms, scaler
 
     def note(self, gradients: Iterable[Tensor]) -> None:
-        """Note the norm of this stage's gradients; without any, the last one counts."""
-        self._squares = _with(self._squares, self._stage, list(gradients))
+        """Note the norm of this stage's gradients; without any, or if it overflows, the last one counts."""
+        if not self.takes_norms:
+            return
+        scale = None if self._scaler is None else self._scaler.scale_here
+        self.squares = _with(self.squares, self._stage, list(gradients), scale)
 
     def total_norm(self) -> Tensor:
         """The norm of the gradients of all stages, as far as this one knows."""
-        return self._squares.sum().sqrt()
+        return self.squares.sum().sqrt()
 
     def to_later(self) -> Tensor:
         """What goes with activations."""
-        return self._squares
+        return self.squares if self._scaler is None else _and(self.squares, self._scaler.tell())
 
-    to_earlier = to_later  #: What goes with errors.
+    def to_earlier(self) -> Tensor:
+        """What goes with errors."""
+        return self.squares if self._scaler is None else _and(self.squares, self._scaler.scale_here)
 
-    def from_earlier(self, squares: Tensor) -> None:
-        self._squares = torch.cat((squares[: self._stage], self._squares[self._stage :]))
+    def from_earlier(self, notes: Tensor) -> None:
+        """What came with activations."""
+        self.squares = torch.cat((notes[: self._stage], self.squares[self._stage :]))
+        if self._scaler is not None:
+            self._scaler.hear(notes[-1])
 
-    def from_later(self, squares: Tensor) -> None:
-        self._squares = torch.cat((self._squares[: self._stage + 1], squares[self._stage + 1 :]))
+    def from_later(self, notes: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        """What came with errors for the gradients of ``parameters``, which are about to be computed."""
+        self.squares = torch.cat((self.squares[: self._stage + 1], notes[self._stage + 1 : len(self.squares)]))
+        if self._scaler is not None:
+            self._scaler.use(notes[-1], parameters)
+
+    def settle(self) -> None:
+        """At the end of a flush, on the last stage, which knows about all."""
+        if self._scaler is not None:
+            self._scaler.settle()
 
 
 class VirtualNotes:
     """What all stages know in one process, each as late as if it had travelled.
 
     Args:
-        num_stages: How many stages there are.
-        device: Where the gradients are.
+        squares: What all know at first.
     """
 
-    def __init__(self, num_stages: int, device: torch.device) -> None:
-        self._squares = self._earlier = torch.zeros(num_stages, device=device)
-        self._told = deque([self._squares] * num_stages, num_stages)  # with errors, by iteration, the newest last
+    def __init__(self, squares: Tensor) -> None:
+        self.squares = self._earlier = squares
+        self._told = deque([squares] * len(squares), len(squares))  # with errors, by iteration, the newest last
 
     def begin(self) -> None:
         """Before an iteration, and before a flush: activations travel."""
-        self._earlier = self._squares
+        self._earlier = self.squares
 
     def note(self, gradients: Sequence[Sequence[Tensor]], had_backward: Sequence[bool]) -> None:
         """Note the norms of each stage's gradients after an iteration; without any, the last one counts.
@@ -72,19 +95,23 @@ class VirtualNotes:
         Only stages that have run a backward in it have sent errors.
         """
         for stage, own in enumerate(gradients):
-            self._squares = _with(self._squares, stage, own)
-        have_told = torch.tensor(had_backward, device=self._squares.device)
-        self._told.append(torch.where(have_told, self._squares, self._told[-1]))
+            self.squares = _with(self.squares, stage, own)
+        have_told = torch.tensor(had_backward, device=self.squares.device)
+        self._told.append(torch.where(have_told, self.squares, self._told[-1]))
 
     def total_norm(self, stage: int) -> Tensor:
         """The norm of the gradients of all stages, as far as ``stage`` knows."""
         later = [self._told[stage - j - 1][j : j + 1] for j in range(stage + 1, len(self._earlier))]
-        return torch.cat((self._earlier[:stage], self._squares[stage : stage + 1], *later)).sum().sqrt()
+        return torch.cat((self._earlier[:stage], self.squares[stage : stage + 1], *later)).sum().sqrt()
 
 
-def _with(squares: Tensor, stage: int, gradients: Sequence[Tensor]) -> Tensor:
+def _with(squares: Tensor, stage: int, gradients: Sequence[Tensor], scale: Tensor | None = None) -> Tensor:
     if not gradients:
         return squares
-    new = squares.clone()
-    new[stage] = torch.nn.utils.get_total_norm(gradients).float() ** 2
-    return new
+    new, norm = squares.clone(), torch.nn.utils.get_total_norm(gradients).float()
+    new[stage] = (norm if scale is None else norm / scale) ** 2
+    return torch.where(new.isfinite(), new, squares)
+
+
+def _and(squares: Tensor, number: Tensor) -> Tensor:
+    return torch.cat((squares, number.reshape(1)))

@@ -222,7 +222,7 @@ class StageRunner:
             message = self.transport.receive(ERRORS, target, record.batch)
             self.request(Wish(message.wishes))
             if self.notes is not None and target == self.stage + 1:
-                self.notes.from_later(_notes_in(message))
+                self.notes.from_later(_notes_in(message), list(self.own.values()))
             for slot, error in enumerate(message.tensors[:count]):
                 root = record.exits.get((target, slot))
                 if root is not None and error is not None and root.requires_grad:
@@ -261,17 +261,29 @@ class StageRunner:
         if self._flushed_at == self.num_forwards:
             return False
         self._flushed_at = self.num_forwards
+        self._pass_notes_on()
+        return True
+
+    def _pass_notes_on(self) -> None:
+        """Without activations."""
         for source in self._wiring.sources:
             message = self.transport.receive(ACTIVATIONS, source, self.num_forwards, flush=True)
             if self.notes is not None and source == self.stage - 1:
                 self.notes.from_earlier(_notes_in(message))
         for target in self._wiring.targets:
-            notes: list[Tensor | None] = [] if self.notes is None else [self.notes.to_later()]
+            notes: list[Tensor | None] = []
+            if self.notes is not None and target == self.stage + 1:
+                notes.append(self.notes.to_later())
             self.transport.send(ACTIVATIONS, target, Message(self.num_forwards, 0, notes, flush=True))
-        return True
 
     def end_flush(self) -> None:
-        """Wait until the neighbours have flushed too: what comes next may be a collective, which knows no reasons."""
+        """Let the last stage know all notes, for a checkpoint, and wait until the neighbours have flushed too.
+
+        What comes next may be a collective, which knows no reasons.
+        """
+        self._pass_notes_on()
+        if self.notes is not None and self.is_last:
+            self.notes.settle()
         for source in self._wiring.sources:
             self.transport.send(ERRORS, source, Message(self.num_forwards, 0, [], flush=True))
         for target in self._wiring.targets:

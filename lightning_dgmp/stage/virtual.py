@@ -32,7 +32,8 @@ class GradientQueues:
         self.stages: list[list[nn.Parameter]] = [[] for _ in self._delays]
         for name, parameter in parameters.items():
             self.stages[plan.stage_of(name)[0]].append(parameter)
-        self._waiting: list[deque[list[Tensor | None]]] = [deque() for _ in self._delays]
+        self._waiting: list[deque[tuple[Tensor | None, list[Tensor | None]]]] = [deque() for _ in self._delays]
+        self.scales: list[Tensor | None] = [None] * len(self._delays)  # of what the last iteration has brought
         self._kept: dict[nn.Parameter, Tensor] = {}
         self.had_backward = [False] * len(self._delays)  # which stages, in the last iteration
 
@@ -51,10 +52,14 @@ class GradientQueues:
         for parameter in self._kept:
             parameter.grad = None
 
-    def exchange(self) -> None:
-        """Put today's gradients in line and let the due ones, or none, be ``.grad``, with what was set aside."""
+    def exchange(self, scale: Tensor | None = None) -> None:
+        """Put today's gradients in line and let the due ones, or none, be ``.grad``, with what was set aside.
+
+        Args:
+            scale: By what the loss was scaled, to be known when they are due.
+        """
         for parameters, waiting in zip(self.stages, self._waiting):
-            waiting.append([None if p.grad is None else self._own(p.grad) for p in parameters])
+            waiting.append((scale, [None if p.grad is None else self._own(p.grad) for p in parameters]))
         self._take(self._delays)
 
     def drain(self, is_open: bool) -> None:
@@ -74,8 +79,9 @@ class GradientQueues:
 
     def _take(self, stay: Sequence[int]) -> None:
         self.had_backward = [len(waiting) > delay for waiting, delay in zip(self._waiting, stay)]
-        for parameters, waiting, delay in zip(self.stages, self._waiting, stay):
-            due = waiting.popleft() if len(waiting) > delay else [None] * len(parameters)
+        for stage, (parameters, waiting, delay) in enumerate(zip(self.stages, self._waiting, stay)):
+            nothing: tuple[Tensor | None, list[Tensor | None]] = None, [None] * len(parameters)
+            self.scales[stage], due = waiting.popleft() if len(waiting) > delay else nothing
             for parameter, grad in zip(parameters, due):
                 parameter.grad = _sum(self._kept.get(parameter), grad) if parameter.requires_grad else None
 
