@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Form", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks", "replace_leaves", "split", "tensors_in",
+    "Form", "copied_tensors", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks", "replace_leaves",
+    "split", "tensors_in",
 ]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
@@ -96,6 +97,11 @@ def leaves(obj: Any) -> list[Any]:
 def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:
     """Rebuild the nest ``obj`` with ``fn`` applied to every tensor."""
     return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, obj)
+
+
+def copied_tensors(obj: Any) -> Any:
+    """The nest ``obj`` with copies of its tensors."""
+    return map_tensors(Tensor.clone, obj)
 
 
 def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:

@@ -71,6 +71,7 @@ class Pipeline:
         backward: What to keep of a batch until its backward.
         seed: Equal on all stages of the replica.
         first_batch: How many batches have been trained on before.
+        message_dtype: Of floating point tensors on their way.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Pipeline:
         backward: BackwardMode,
         seed: int,
         first_batch: int,
+        message_dtype: torch.dtype | None = None,
     ) -> None:
         ranks = dist.get_process_group_ranks(group)[::-1]
         stage = ranks.index(dist.get_rank())
@@ -92,7 +94,8 @@ class Pipeline:
         self._optimizers = [OptimizerShards(optimizer, slots, plan, stage, ranks, world) for optimizer in optimizers]
         transport.open(plan.edges())
         delay = delays_of(plan.num_stages)[stage]
-        self.runner = StageRunner(module, slots, plan, stage, delay, transport, backward, seed, device, first_batch)
+        how = backward, seed, device, first_batch, message_dtype
+        self.runner = StageRunner(module, slots, plan, stage, delay, transport, *how)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_plan
-from lightning_dgmp.callbacks import adapt_callbacks, reads_outputs
+from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.clipping import clipping_by_total_norm, clips_by_norm
-from lightning_dgmp.data import Feed, check_sampler, own_loader
-from lightning_dgmp.evaluation import Evaluation
+from lightning_dgmp.evaluating import EvaluatingStrategy
 from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
     MisconfigurationException,
@@ -37,25 +36,23 @@ from lightning_dgmp.host import (
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import clock_at, install_loops
 from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
-from lightning_dgmp.nests import map_leaves
+from lightning_dgmp.nests import copied_tensors, map_leaves
 from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
-from lightning_dgmp.saving import SavingStrategy
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
-from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
-from lightning_dgmp.stage.virtual import GradientQueues
+from lightning_dgmp.stage.virtual import GradientQueues, VirtualStages
 from lightning_dgmp.support import check_optimizers, check_supported
 
 __all__ = ["DelayedMPStrategy"]
 
-_HOST = torch.device("cpu")
+_Scaler = TypeVar("_Scaler", bound=GradScaler)
 
 
-class DelayedMPStrategy(SavingStrategy):
+class DelayedMPStrategy(EvaluatingStrategy):
     """Pipeline model parallelism with delayed gradients.
 
     The model is cut into stages, each device holds one, and no stage waits until the others have finished a batch:
@@ -73,6 +70,8 @@ class DelayedMPStrategy(SavingStrategy):
             and the weights, with the same result for less memory and one more forward; ``"replay"`` the inputs alone,
             and the backward uses the weights of that time (Features Replay, Huo et al., NeurIPS 2018).
         virtual: Train on one device with exactly the delays of ``num_stages`` stages.
+        message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by
+            default as they are, which under autocast is its dtype.
         save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
             that the whole model is nowhere; otherwise ordinary files.
         timeout: How long a stage waits for another before it gives up with an error.
@@ -90,6 +89,7 @@ class DelayedMPStrategy(SavingStrategy):
         split_at: Sequence[str] | None = None,
         backward: BackwardMode = "stash",
         virtual: bool = False,
+        message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
@@ -97,9 +97,13 @@ class DelayedMPStrategy(SavingStrategy):
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
         if backward not in ("stash", "recompute", "replay"):
             raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
+        if message_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"`message_dtype` must be float32, bfloat16, float16 or None, but is {message_dtype}.")
+        if virtual and message_dtype is not None:
+            raise ValueError("`virtual=True` sends no messages, so `message_dtype` must be None.")
+        self._message_dtype = message_dtype
         self._split_at = None if split_at is None else list(split_at)
         self._backward: BackwardMode = backward
-        self._feed: Feed | None = None
         self._undo_callbacks: Callable[[], None] = _nothing
         self._undo_scaler: Callable[[], None] = _nothing
         self._reset_pipeline()
@@ -107,20 +111,20 @@ class DelayedMPStrategy(SavingStrategy):
     def _reset_pipeline(self) -> None:
         self._plan: Plan | None = None
         self._pipeline = None
-        self._queues: GradientQueues | None = None
-        self._notes: VirtualNotes | None = None
-        self._scaler: VirtualGradScaler | None = None
-        self._evaluation: Evaluation | None = None
+        self._virtual_stages: VirtualStages | None = None
+        self._evaluation = None
         self._seed = 0
         self._num_steps = 0
 
     @property
     def squares(self) -> Tensor | None:
         """The squared norm of each stage's newest gradient, as far as it is known here, if gradients are clipped."""
-        if self._notes is not None:
-            return self._notes.squares
-        notes = None if self.runner is None else self.runner.notes
-        return notes.squares if notes is not None and notes.takes_norms else None
+        return None if self._stages is None else self._stages.squares
+
+    @property
+    def _stages(self) -> StageRunner | VirtualStages | None:
+        """What trains, once it has begun."""
+        return self._virtual_stages if self.runner is None else self.runner
 
     @property
     def plan(self) -> Plan:
@@ -133,17 +137,6 @@ class DelayedMPStrategy(SavingStrategy):
     def runner(self) -> StageRunner | None:
         """The stage of this process, once training has begun; ``None`` with virtual stages."""
         return None if self._pipeline is None else self._pipeline.runner
-
-    @property
-    def has_feed(self) -> bool:
-        """Whether stage 0 loads for the others."""
-        return self._feed is not None
-
-    @contextmanager
-    def keeping_loading(self) -> Iterator[None]:
-        """Let the data that are loaded meanwhile draw nothing from the random numbers of those loaded later."""
-        with self._loading.kept():
-            yield
 
     @property
     def has_begun(self) -> bool:
@@ -198,34 +191,6 @@ class DelayedMPStrategy(SavingStrategy):
         if self.num_stages > 1:
             check_optimizers(list(self.optimizers))
 
-    def _share_randomness(self, trainer: Trainer) -> None:
-        """Put all stages in the random state of the last one; loading has one for itself from then on."""
-        mine = RandomState.current(_HOST), torch.initial_seed()
-        state, seed = self.share_of_last_stage(mine, "the random state")
-        state.apply(_HOST)
-        if self._loaded_seeds:
-            seeds = self._loaded_seeds
-            seed = seeds[self.replica] if self.replica < len(seeds) else mix_seed(seeds[0], self.replica, 0)
-        self._seed, self._seeds = seed, self.gather_from_replicas(seed, "the random seed")
-        self._loading = OwnRandomness()
-        if self._transport is not None:
-            together = None if self._vote is None else self._together(lambda: trainer.training)
-            share = self.share_of_first_stage
-            self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, share, together)
-
-    def align_randomness(self, epoch: int) -> None:
-        """Begin an epoch in the same random state on all stages, without asking them."""
-        seed = mix_seed(self._seed, epoch, 0)
-        seed_all(seed, _HOST)
-        self._loading.seed(seed)
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        if self._feed is None:
-            return dataloader
-        check_sampler(own_loader(dataloader), self.data_parallel_size, self.replica)
-        return self._feed.wrap(dataloader)
-
     # ----- the plan
 
     @override
@@ -248,10 +213,14 @@ class DelayedMPStrategy(SavingStrategy):
             self._plan = plan
         assert self._plan is not None
         rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
+        is_known = len(self._loaded_squares) == self.num_stages
+        squares = (self._loaded_squares if is_known else torch.zeros(self.num_stages)).to(self.root_device)
         if self._world is None or self._transport is None:
             copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
-            self._queues = GradientQueues(ParameterSlots(module).parameters, self._plan, copies)
-            self._prepare_notes()
+            queues = GradientQueues(ParameterSlots(module).parameters, self._plan, copies)
+            virtual_scaler = self._exchange_scaler(lambda scaler: VirtualGradScaler(scaler, queues.stages))
+            notes = VirtualNotes(squares) if clips_by_norm(module) else None
+            self._virtual_stages = VirtualStages(queues, notes, virtual_scaler)
             return
         self._pipeline = Pipeline(
             module,
@@ -264,40 +233,28 @@ class DelayedMPStrategy(SavingStrategy):
             backward=self._backward,
             seed=self._seed,
             first_batch=module.trainer.fit_loop.epoch_loop.total_batch_idx,
+            message_dtype=self._message_dtype,
         )
-        self._prepare_notes()
+        runner = self._pipeline.runner
+        scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last))
+        if clips_by_norm(module) or scaler is not None:
+            runner.notes = StageNotes(self.stage, squares, clips_by_norm(module), scaler)
         if self.data_parallel_size > 1:
             broadcasts_buffers = self._ddp_kwargs.get("broadcast_buffers", True)
             group = self.device_mesh.get_group("replica")
             wait = self.wait_among_replicas
             self._pipeline.average(group, self.wrap_in_ddp, wait, broadcasts_buffers, self.agree_on_wishes)
-        self._interception.use(self._pipeline.runner)
+        self._interception.use(runner)
         self._evaluation = None  # what was planned with the whole model
 
-    def _prepare_notes(self) -> None:
-        """Let norms travel, if they are wanted, and the scales of `16-mixed`."""
-        module, plugin, queues, runner = self.lightning_module, self.precision_plugin, self._queues, self.runner
-        assert module is not None
-        norms = clips_by_norm(module)
-        original = plugin.scaler if isinstance(plugin, MixedPrecision) else None
-        is_known = len(self._loaded_squares) == self.num_stages
-        squares = self._loaded_squares if is_known else torch.zeros(self.num_stages)
-        squares = squares.to(self.root_device)
-        if queues is not None:
-            self._scaler = None if original is None else VirtualGradScaler(original, queues.stages)
-            self._notes = VirtualNotes(squares) if norms else None
-            self._use_scaler(self._scaler)
-        elif runner is not None and (norms or original is not None):
-            scaler = None if original is None else StageGradScaler(original, runner.is_last)
-            runner.notes = StageNotes(self.stage, squares, norms, scaler)
-            self._use_scaler(scaler)
-
-    def _use_scaler(self, scaler: GradScaler | None) -> None:
-        """Let the precision plugin use ``scaler`` instead of its own, until the end."""
+    def _exchange_scaler(self, make: Callable[[GradScaler], _Scaler]) -> _Scaler | None:
+        """Let the precision plugin, if it scales losses, use what ``make`` makes of its scaler, until the end."""
         plugin = self.precision_plugin
-        if scaler is not None and isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            self._undo_scaler = partial(_give_back, plugin, plugin.scaler)
-            plugin.scaler = scaler
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+            return None
+        self._undo_scaler = partial(_give_back, plugin, plugin.scaler)
+        plugin.scaler = scaler = make(plugin.scaler)
+        return scaler
 
     def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
         module = self.lightning_module
@@ -309,7 +266,7 @@ class DelayedMPStrategy(SavingStrategy):
         def step(want: Callable[..., None]) -> Any:
             logging = logging_nothing(module, want, with_loggers=True)
             with self.step_alone(), self.precision_plugin.train_step_context(), logging:
-                return module.training_step(*map_leaves(_copy_tensor, args))
+                return module.training_step(*copied_tensors(args))
 
         with torch.enable_grad():
             trace = trace_step(step, module, self.root_device, readers=(Metric,))
@@ -350,7 +307,7 @@ class DelayedMPStrategy(SavingStrategy):
                 return module.training_step(*fresh(args), **fresh(kwargs))
 
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
-        fresh = partial(map_leaves, _copy_tensor if self._backward != "stash" else _same)
+        fresh = copied_tensors if self._backward != "stash" else partial(map_leaves, _same)
 
         is_first = module.trainer.fit_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
         number = runner.num_forwards
@@ -369,8 +326,8 @@ class DelayedMPStrategy(SavingStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        runner, queues = self.runner, self._queues
-        if runner is None and queues is None:
+        runner, virtual = self.runner, self._virtual_stages
+        if runner is None and virtual is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         module = self.lightning_module
         assert module is not None
@@ -381,12 +338,8 @@ class DelayedMPStrategy(SavingStrategy):
             self.precision_plugin.backward(root, module, optimizer, *args, **kwargs)
 
         is_step = not module.trainer.fit_loop._should_accumulate()
-        if queues is not None:
-            self._begin_iteration()
-            queues.set_aside()
-            of_loss()
-            queues.exchange(None if self._scaler is None else self._scaler.remove_scale())
-            self._end_iteration(is_step)
+        if virtual is not None:
+            virtual.iterate(of_loss, is_step)
         elif runner is not None and runner.due:
             with self.step_among_replicas(), self.averaging():
                 runner.backward(of_loss, is_step)
@@ -412,59 +365,20 @@ class DelayedMPStrategy(SavingStrategy):
         optimizer.step(lambda: result)
         return result
 
-    def _begin_iteration(self) -> None:
-        """With virtual stages: what would travel with activations has arrived."""
-        if self._notes is not None:
-            self._notes.begin()
-        if self._scaler is not None:
-            self._scaler.begin()
-
-    def _end_iteration(self, is_step: bool) -> None:
-        """With virtual stages: note what belongs to the gradients that are there now."""
-        queues = self._queues
-        assert queues is not None
-        if self._scaler is not None:
-            self._scaler.use(queues.scales)
-        if self._notes is not None:
-            self._notes.note(queues.gradients() if is_step else [[]] * self.num_stages, queues.had_backward)
-
     def _clipping(self) -> AbstractContextManager[None]:
         """Around a step: clipping by norm takes that of all stages."""
-        runner, queues, notes = self.runner, self._queues, self._notes
-        if runner is not None and runner.notes is not None and runner.notes.takes_norms:
-            return clipping_by_total_norm([(list(runner.own.values()), runner.notes.total_norm)])
-        if queues is not None and notes is not None:
-            return clipping_by_total_norm([(own, partial(notes.total_norm, k)) for k, own in enumerate(queues.stages)])
-        return nullcontext()
+        parts = [] if self._stages is None else self._stages.parts()
+        return clipping_by_total_norm(parts) if parts else nullcontext()
 
     def flush(self) -> None:
         """Run the outstanding backwards and steps, without new forwards, until nothing is in flight.
 
         The learning rate stays as it is. All stages must call it at the same iteration.
         """
-        runner, queues = self.runner, self._queues
-        if queues is not None and queues.num_waiting:
-            self._begin_iteration()
-
-            def drain(is_open: bool, is_step: bool) -> None:
-                queues.drain(is_open)
-                self._end_iteration(is_step)
-
-            flush_batches(self, lambda: queues.num_waiting, drain)
-            if self._scaler is not None:
-                self._scaler.begin()
-                self._scaler.settle()
-        elif runner is not None and runner.begin_flush():
-
-            def backward(is_open: bool, is_step: bool) -> None:
-                if runner.in_flight:
-                    with self.step_among_replicas(), self.averaging():
-                        runner.backward(_no_loss, is_step)
-                elif is_step and is_open:
-                    runner.close_update()
-
-            flush_batches(self, lambda: len(runner.in_flight), backward)
-            runner.end_flush()
+        stages = self._stages
+        if stages is not None and stages.begin_flush():
+            flush_batches(self, stages)
+            stages.end_flush()
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -482,68 +396,6 @@ class DelayedMPStrategy(SavingStrategy):
         if self._pipeline is not None:
             self._pipeline.close()
             self._interception.use(None)
-        if self._feed is not None:
-            self._feed.settle()
-
-    # ----- evaluation
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("validation_step", self.precision_plugin.val_step_context, args, kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("test_step", self.precision_plugin.test_step_context, args, kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._evaluate("predict_step", self.precision_plugin.predict_step_context, args, kwargs)
-
-    def _evaluate(self, name: str, context: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.lightning_module
-        assert module is not None
-
-        def step() -> Any:
-            with self.step_among_replicas(), context():
-                return getattr(module, name)(*map_leaves(_copy_tensor, args), **kwargs)
-
-        if self._world is None or self._transport is None:
-            return getattr(super(), name)(*args, **kwargs)
-        if self._evaluation is None:
-            self._evaluation = Evaluation(
-                module,
-                self._pipeline,
-                self._interception,
-                self._transport,
-                self._world,
-                self._stage_ranks,
-                self.stage,
-                self.root_device,
-                self._seed,
-            )
-        key = name, args[2] if len(args) > 2 else 0
-        if self._feed is not None and not self._evaluation.has_run(key):
-            args = self._feed.read(args)  # for the trace, which runs everything
-        result = self._evaluation.run(key, step)
-        if reads_outputs(name, module):
-            result = self.share_of_last_stage(result, f"the output of `{name}`")
-        return result
-
-    @override
-    def on_validation_end(self) -> None:
-        self._end_evaluation()
-
-    @override
-    def on_test_end(self) -> None:
-        self._end_evaluation()
-
-    @override
-    def on_predict_end(self) -> None:
-        self._end_evaluation()
-
-    def _end_evaluation(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.end()
         if self._feed is not None:
             self._feed.settle()
 
@@ -605,11 +457,3 @@ def _give_back(plugin: MixedPrecision, scaler: GradScaler) -> None:
 
 def _same(leaf: Any) -> Any:
     return leaf
-
-
-def _copy_tensor(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _no_loss() -> None:
-    raise AssertionError("The last stage has nothing in flight between iterations.")

@@ -116,6 +116,10 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
                 f"{strategy} does not support modules that change their weights in the forward, but `{name}` has"
                 f" `max_norm={child.max_norm}`. Normalise what it returns instead."
             )
+    if trainer.strategy._model_averaging_period is not None:  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            f"{strategy} averages gradients, but `model_averaging_period` asks for averages of weights. Leave it out."
+        )
     if virtual and backward != "stash":
         raise MisconfigurationException(
             f"`virtual=True` computes whole gradients at once, but `backward={backward!r}`. Use `backward='stash'`."
@@ -123,12 +127,18 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
 
 
 def check_optimizers(optimizers: list[object]) -> None:
-    """Refuse optimizers that evaluate the step more than once."""
+    """Refuse optimizers that evaluate the step more than once, or that know other processes."""
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
             raise MisconfigurationException(
                 "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but"
                 f" `{type(optimizer).__name__}` calls its closure several times. Use a first-order optimizer."
+            )
+        if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+            raise MisconfigurationException(
+                "`strategy='delayed_mp'` does not support `ZeroRedundancyOptimizer`, which divides its state among"
+                " processes with the same parameters, but stages have different ones. Use the optimizer inside of it:"
+                " each stage keeps the state of its own parameters alone."
             )
 
 

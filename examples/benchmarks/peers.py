@@ -109,13 +109,30 @@ def run_ddp(spec: ModelSpec, warmup: int, batches: int) -> Spent:
     return _fit(_LanguageModel(spec.layers()), data, warmup, batches, strategy="ddp", devices=_world_size())
 
 
-def run_delayed(spec: ModelSpec, warmup: int, batches: int, *, even: bool = False, pause: float = 0) -> Spent:
-    """This project, with the cuts that it finds by itself or, if ``even``, with those of :meth:`ModelSpec.share`."""
-    num_stages = _world_size()
+def run_delayed(
+    spec: ModelSpec,
+    warmup: int,
+    batches: int,
+    *,
+    num_replicas: int = 1,
+    even: bool = False,
+    pause: float = 0,
+    strategy_args: dict[str, Any] | None = None,
+    **trainer_args: Any,
+) -> Spent:
+    """This project, with the cuts that it finds by itself or, if ``even``, with those of :meth:`ModelSpec.share`.
+
+    Each replica takes an equal part of the batch.
+    """
+    num_stages = _world_size() // num_replicas
     starts = [f"layers.{stage * spec.num_blocks // num_stages + 1}" for stage in range(1, num_stages)]
-    strategy = DelayedMPStrategy(split_at=starts if even else None)
-    model, data = _LanguageModel(spec.layers()), spec.batches(warmup + batches)
-    spent = _fit(model, data, warmup, batches, strategy=strategy, devices=num_stages, pause=pause)
+    args: dict[str, Any] = {"num_stages": num_stages, "split_at": starts if even else None, **(strategy_args or {})}
+    strategy = DelayedMPStrategy(**args)
+    data = spec.batches(warmup + batches, _rank() // num_stages, num_replicas)
+    trainer_args |= {"strategy": strategy, "devices": _world_size()}
+    spent = _fit(_LanguageModel(spec.layers()), data, warmup, batches, pause=pause, **trainer_args)
+    if num_stages == 1:
+        return spent
     return spent._replace(cuts=tuple(stage.first_module for stage in strategy.plan.stages))
 
 
@@ -164,6 +181,7 @@ def _fit(
     strategy: Any = "auto",
     devices: int = 1,
     pause: float = 0,
+    **trainer_args: Any,
 ) -> Spent:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -180,6 +198,7 @@ def _fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,  # `data` are this process's
+        **trainer_args,
     )
     trainer.fit(model, DataLoader(data, batch_size=None))  # type: ignore[arg-type]
     return stopwatch.spent(warmup, batches)

@@ -2,17 +2,19 @@
 
 One command measures everything in one run, on the same model, batch and optimizer::
 
-    python examples/benchmarks/throughput.py [--rounds 5] [--batches 6] [--only real|emulated|overhead] [--json FILE]
+    python examples/benchmarks/throughput.py [--rounds 5] [--batches 6] [--only SECTION] [--json FILE]
 
-It takes about 10 minutes on two cores that do nothing else; ``--quick`` takes about a minute and only shows that all of
+It takes about 15 minutes on two cores that do nothing else; ``--quick`` takes about a minute and only shows that all of
 it works: two cores that others use too give numbers without meaning. What is measured:
 
 real       A Transformer language model computes on two cores, one thread a process: one process (plain Lightning), DDP
            with two processes (each takes *half* of the batch, so that the batch of a step is the same everywhere),
-           ``torch.distributed.pipelining`` with GPipe and 1F1B on two stages, and this project on two stages.
+           ``torch.distributed.pipelining`` with GPipe and 1F1B on two stages, and this project on two stages, or with
+           two replicas of one stage.
 emulated   The blocks of the model *sleep* (15 ms forward and 30 ms backward, say) in the place of computing, so that 4,
            8 or 11 stages can be timed on two cores. It measures the schedule and the runtime, not arithmetic, and says
            nothing about the speed of a machine. Every such row is labelled.
+options    What an option of this project costs: the same model on two stages, with and without it, in percent.
 overhead   What this project adds to a step in Python, per process: see :func:`measure_overhead`.
 
 A time is that of one batch in the steady state: the mean over a block of batches after a warm-up (``2K + 3`` batches on
@@ -49,6 +51,13 @@ TRANSFORMER = ModelSpec(num_blocks=12, width=128, context=128, batch_size=16)
 SLEEPERS = {  # a batch takes one process some hundred milliseconds of sleep
     num_blocks: ModelSpec(num_blocks, width=64, context=1, batch_size=16, sleep=seconds)
     for num_blocks, seconds in ((16, 0.015), (12, 0.025), (64, 0.004))
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    'backward="recompute"': {"strategy_args": {"backward": "recompute"}},
+    'backward="replay"': {"strategy_args": {"backward": "replay"}},
+    "message_dtype=torch.bfloat16": {"strategy_args": {"message_dtype": torch.bfloat16}},
+    "gradient_clip_val=1.0": {"gradient_clip_val": 1.0},
+    "accumulate_grad_batches=2": {"accumulate_grad_batches": 2},
 }
 PAUSE = 0.02  # seconds after each batch where processor time is measured
 TINY = ModelSpec(num_blocks=12, width=16, context=8, batch_size=2)
@@ -99,7 +108,17 @@ def real_rows(quick: bool) -> list[Row]:
             _pipelining(section, TRANSFORMER, 2, schedule, microbatches)
             for microbatches in ((8,) if quick else (2, 4, 8))
         ]
-    return [*rows, _delayed(section, TRANSFORMER, 2)]
+    return [*rows, _delayed(section, TRANSFORMER, 1, 2), _delayed(section, TRANSFORMER, 2)]
+
+
+def option_rows(quick: bool) -> list[Row]:
+    """Real compute, two stages, with one option a row; the first has none."""
+    rows = [_delayed("options", TRANSFORMER, 2)]
+    for name, options in OPTIONS.items():
+        row = _delayed("options", TRANSFORMER, 2)
+        row.name, row.options = name, options
+        rows.append(row)
+    return rows[:3] if quick else rows
 
 
 def emulated_rows(quick: bool) -> list[Row]:
@@ -114,6 +133,8 @@ def emulated_rows(quick: bool) -> list[Row]:
             microbatches = 8 if num_stages <= 8 else 16  # 1F1B refuses fewer than there are stages
             rows.append(_pipelining(section, spec, num_stages, "1F1B", microbatches))
             rows.append(_delayed(section, spec, num_stages))
+            if num_blocks == 16 and num_stages == 4 and not quick:
+                rows.append(_delayed(section, spec, num_stages, 2))
     return rows
 
 
@@ -123,9 +144,11 @@ def _pipelining(section: str, spec: ModelSpec, num_stages: int, schedule: str, m
     return Row(section, name, num_stages, spec, peers.run_pipelining, options)
 
 
-def _delayed(section: str, spec: ModelSpec, num_stages: int) -> Row:
+def _delayed(section: str, spec: ModelSpec, num_stages: int, num_replicas: int = 1) -> Row:
     warmup, scale = 2 * num_stages + 3, max(num_stages // 2, 1)
-    return Row(section, f"delayed_mp, K={num_stages}", num_stages, spec, peers.run_delayed, {}, warmup, scale)
+    name = f"delayed_mp, K={num_stages}" + (f", R={num_replicas}" if num_replicas > 1 else "")
+    options = {"num_replicas": num_replicas} if num_replicas > 1 else {}
+    return Row(section, name, num_stages * num_replicas, spec, peers.run_delayed, options, warmup, scale)
 
 
 # ----- measuring
@@ -185,9 +208,9 @@ def measure_overhead(pool: Pool, rounds: int, batches: int) -> list[dict[str, An
 
 def table(rows: Sequence[Row]) -> str:
     """All rows as text, and under them what the sections say."""
-    cells = [("", "processes", "compute", "ms per batch", "ratio to one process")]
+    cells = [("", "processes", "compute", "ms per batch", "ratio to one process, or cost of an option")]
     for row in rows:
-        if row.name == "one process":
+        if row.name == "one process" or (row.section == "options" and not row.options):
             cells.append((f"-- {row.section}", "", "", "", ""))
         cells.append(
             (
@@ -195,16 +218,18 @@ def table(rows: Sequence[Row]) -> str:
                 str(row.num_processes),
                 row.compute,
                 spread([1000 * s for s in row.seconds], 1),
-                spread(_ratios(row, rows), 2),
+                _cost(row, rows) if row.section == "options" else spread(_ratios(row, rows), 2),
             )
         )
     lines = _align(cells)
     for row in rows:
-        if row.function is not peers.run_delayed:
+        if row.function is not peers.run_delayed or row.section == "options" or not row.cuts:
             continue
         rivals = [r.seconds for r in rows if r.section == row.section and r.num_processes == row.num_processes
                   and r.options.get("schedule") == "1F1B"]  # fmt: skip
         best = [min(times) for times in zip(*rivals)]
+        if not best:
+            continue
         ratio = spread([b / own for b, own in zip(best, row.seconds)], 2)
         lines.append(f"{row.name}, {row.section} ({row.compute}): {ratio} times the best 1F1B in each round")
         lines.append(f"    stages begin with {', '.join(row.cuts)}")
@@ -228,6 +253,11 @@ def spread(values: Sequence[float], digits: int) -> str:
     """The median and, in brackets, the least and the greatest."""
     median, least, greatest = (f"{v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
     return f"{median} [{least} .. {greatest}]"
+
+
+def _cost(row: Row, rows: Sequence[Row]) -> str:
+    """How much longer a batch takes than without an option, in percent."""
+    return spread([100 * (1 / ratio - 1) for ratio in _ratios(row, rows)], 1) + " %" if row.options else ""
 
 
 def _ratios(row: Row, rows: Sequence[Row]) -> list[float]:
@@ -328,7 +358,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="how many times each row is measured")
     parser.add_argument("--batches", type=int, default=6, help="how many batches are measured each time")
-    parser.add_argument("--only", choices=("real", "emulated", "overhead"), help="measure only this")
+    parser.add_argument("--only", choices=("real", "emulated", "options", "overhead"), help="measure only this")
     parser.add_argument("--quick", action="store_true", help="one round of few batches, at most 4 processes")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
@@ -338,6 +368,7 @@ def main() -> None:
     sections = {
         "real": real_rows(args.quick) if args.only in (None, "real") else [],
         "emulated": emulated_rows(args.quick) if args.only in (None, "emulated") else [],
+        "options": option_rows(args.quick) if args.only in (None, "options") else [],
     }
     rows = [row for part in sections.values() for row in part]
     overhead: list[dict[str, Any]] = []

@@ -125,7 +125,7 @@ class Forward:
                 item = items[transfer.leaf] if transfer.leaf < len(items) else None
                 if transfer.target == self.stage:
                     if isinstance(item, Ghost):
-                        item.bind(partial(self.value, slot, transfer))
+                        item.bind(partial(self.value, slot, transfer, item.dtype))
                     continue
                 item = item.received() if isinstance(item, Ghost) and item.bound else item
                 if not isinstance(item, Tensor) or isinstance(item, Ghost):
@@ -138,7 +138,7 @@ class Forward:
                     self.record.exits[transfer.target, slot] = item.clone()
         self.done |= event == self.wiring.last_event
 
-    def value(self, slot: int, transfer: Transfer) -> Tensor:
+    def value(self, slot: int, transfer: Transfer, dtype: torch.dtype) -> Tensor:
         message = self.message(transfer.source)
         value = message.tensors[slot]
         if value is None:
@@ -147,6 +147,8 @@ class Forward:
                 " needs. The step ran differently from the first batch, on which the plan was made; make its module"
                 " calls the same for all batches."
             )
+        if value.is_floating_point() and value.dtype.itemsize < dtype.itemsize:
+            value = value.to(dtype)  # it was narrowed for its way
         if self.keeps_inputs:
             return value.clone()  # user code may change it in place, and it is needed again
         if not message.differentiable[slot]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -49,6 +49,7 @@ class StageRunner:
             builds the graph again, with the same result; ``"replay"`` keeps the inputs alone and builds the graph with
             today's weights (Features Replay, Huo et al., NeurIPS 2018).
         seed: Equal on all stages of a replica.
+        message_dtype: Of floating point tensors on their way, where it is smaller than theirs.
         device: Where the stage lives.
         first_batch: The number of the first batch.
     """
@@ -65,9 +66,11 @@ class StageRunner:
         seed: int,
         device: torch.device,
         first_batch: int = 0,
+        message_dtype: torch.dtype | None = None,
     ) -> None:
         self.root, self.slots, self.plan, self.stage, self.delay = root, slots, plan, stage, delay
         self.transport, self.mode, self.seed, self.device = transport, mode, seed, device
+        self._message_dtype = message_dtype
         self.in_flight: deque[InFlight] = deque()
         self.num_forwards = self._flushed_at = first_batch
         self._wishes = Wish(0)
@@ -164,7 +167,7 @@ class StageRunner:
         """Send what others need; without a graph yet, errors are wanted for all that can have one."""
         for target, count in self._wiring.targets.items():
             sent = [record.exits.get((target, slot)) for slot in range(count)]
-            tensors = [None if t is None else t.detach() for t in sent]
+            tensors = [None if t is None else self._narrow(t.detach()) for t in sent]
             wants = [
                 t is not None and (t.requires_grad if has_graph else t.is_floating_point() or t.is_complex())
                 for t in sent
@@ -173,6 +176,11 @@ class StageRunner:
                 tensors.append(self.notes.to_later())
             message = Message(record.batch, self.granted, tensors, differentiable=wants)
             self.transport.send(ACTIVATIONS, target, message)
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        dtype = self._message_dtype
+        is_wider = dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
+        return tensor.to(dtype) if is_wider else tensor
 
     @property
     def due(self) -> bool:
@@ -208,6 +216,7 @@ class StageRunner:
             self.note_norm()
         for source, count in self._wiring.sources.items():
             errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
+            errors = [None if error is None else self._narrow(error) for error in errors]
             wishes = Wish(0)
             if source == self.stage - 1:  # one way for each, or it would be granted twice
                 wishes, self._wishes = self._wishes, wishes
@@ -227,7 +236,7 @@ class StageRunner:
                 root = record.exits.get((target, slot))
                 if root is not None and error is not None and root.requires_grad:
                     roots.append(root)
-                    errors.append(error)
+                    errors.append(error.to(root.dtype))
         if self.averaging is not None:
             roots = self.averaging.roots(*roots)
             errors.append(torch.zeros_like(roots[-1]))
@@ -238,11 +247,34 @@ class StageRunner:
         """The loss, such that its backward leaves averages over all replicas."""
         return loss if self.averaging is None else self.averaging.root(loss)
 
-    def close_update(self) -> None:
-        """A step follows without a backward before it: see to the gradients that have added up."""
-        if self.averaging is not None:
-            self.averaging.reduce_kept()
-        self.note_norm()
+    @property
+    def squares(self) -> Tensor | None:
+        """The squared norm of each stage's newest gradient, as far as this one knows, if wanted."""
+        return self.notes.squares if self.notes is not None and self.notes.takes_norms else None
+
+    def parts(self) -> list[tuple[Sequence[nn.Parameter], Callable[[], Tensor]]]:
+        """This stage's parameters, and what tells the norm of all gradients as far as it knows; none: unknown."""
+        is_known = self.notes is not None and self.notes.takes_norms
+        return [(list(self.own.values()), self.notes.total_norm)] if is_known and self.notes is not None else []
+
+    @property
+    def num_in_flight(self) -> int:
+        """How many batches have had no backward yet."""
+        return len(self.in_flight)
+
+    def drain(self, is_open: bool, is_step: bool) -> None:
+        """One iteration of the flush.
+
+        Args:
+            is_open: Whether the present gradients wait for a step.
+            is_step: Whether one follows.
+        """
+        if self.in_flight:
+            self.backward(_no_loss, is_step)
+        elif is_step and is_open:  # without a backward that would reduce what has added up
+            if self.averaging is not None:
+                self.averaging.reduce_kept()
+            self.note_norm()
 
     def note_norm(self) -> None:
         """Let the others know the norm of this stage's gradients, with the next messages."""
@@ -368,6 +400,10 @@ class StageRunner:
                         f" {buffer.describe()}. A module whose parts are on several stages must not keep such values in"
                         " a buffer; move it into the module that makes the value."
                     )
+
+
+def _no_loss() -> None:
+    raise AssertionError("The last stage has nothing in flight between iterations.")
 
 
 def _notes_in(message: Message) -> Tensor:

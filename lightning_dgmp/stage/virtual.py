@@ -8,14 +8,98 @@ weights. So one process computes whole gradients as ever and lets those of stage
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.precision import VirtualGradScaler
 from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.stage.notes import VirtualNotes
 
-__all__ = ["GradientQueues"]
+__all__ = ["GradientQueues", "VirtualStages"]
+
+
+class VirtualStages:
+    """All stages in one process, with what they tell each other.
+
+    Args:
+        queues: The gradients.
+        notes: Their norms, if wanted.
+        scaler: By what they are scaled, if they are.
+    """
+
+    def __init__(
+        self, queues: GradientQueues, notes: VirtualNotes | None = None, scaler: VirtualGradScaler | None = None
+    ) -> None:
+        self._queues, self._notes, self._scaler = queues, notes, scaler
+
+    @property
+    def squares(self) -> Tensor | None:
+        """The squared norm of each stage's newest gradient, if wanted."""
+        return None if self._notes is None else self._notes.squares
+
+    def parts(self) -> list[tuple[Sequence[nn.Parameter], Callable[[], Tensor]]]:
+        """The parameters of each stage, and what tells the norm of all gradients as far as it knows; none: unknown."""
+        notes = self._notes
+        return [] if notes is None else [(s, partial(notes.total_norm, k)) for k, s in enumerate(self._queues.stages)]
+
+    def iterate(self, of_loss: Callable[[], Any], is_step: bool) -> None:
+        """Run the backward of today's batch by ``of_loss``, and let the due gradients be ``.grad``.
+
+        Args:
+            of_loss: Runs it from the loss.
+            is_step: Whether a step of the optimizer follows.
+        """
+        self._begin()
+        self._queues.set_aside()
+        of_loss()
+        self._queues.exchange(None if self._scaler is None else self._scaler.remove_scale())
+        self._end(is_step)
+
+    @property
+    def num_in_flight(self) -> int:
+        """How many batches have no update on the first stage yet."""
+        return self._queues.num_waiting
+
+    def begin_flush(self) -> bool:
+        """Returns whether there is anything to flush."""
+        if self.num_in_flight:
+            self._begin()
+        return bool(self.num_in_flight)
+
+    def drain(self, is_open: bool, is_step: bool) -> None:
+        """One iteration of the flush.
+
+        Args:
+            is_open: Whether the present gradients wait for a step.
+            is_step: Whether one follows.
+        """
+        self._queues.drain(is_open)
+        self._end(is_step)
+
+    def end_flush(self) -> None:
+        """Let the last stage know what the others have found."""
+        if self._scaler is not None:
+            self._scaler.begin()
+            self._scaler.settle()
+
+    def _begin(self) -> None:
+        """What travels with activations arrives."""
+        if self._notes is not None:
+            self._notes.begin()
+        if self._scaler is not None:
+            self._scaler.begin()
+
+    def _end(self, is_step: bool) -> None:
+        """Note what belongs to the gradients that are there now."""
+        queues = self._queues
+        if self._scaler is not None:
+            self._scaler.use(queues.scales)
+        if self._notes is not None:
+            self._notes.note(queues.gradients() if is_step else [[]] * len(queues.stages), queues.had_backward)
 
 
 class GradientQueues:

@@ -1,0 +1,16 @@
+"""Several stages on one GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cuda_check import TOLERANCES, check
+from tests.pool import WorkerPool
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+@pytest.mark.parametrize("precision", list(TOLERANCES))
+def test_stages_share_a_device(pool: WorkerPool, precision: str) -> None:
+    is_same, line = check(pool, 2, precision)
+    assert is_same, line
