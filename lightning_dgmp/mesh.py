@@ -83,7 +83,7 @@ class MeshStrategy(DDPStrategy):
         if self._num_stages_flag != "auto":
             return self._num_stages_flag
         if self._data_parallel_size_flag != "auto":
-            return max(self.num_nodes * self.num_processes // self._data_parallel_size_flag, 1)
+            return max(self.num_nodes * self.num_processes // max(self._data_parallel_size_flag, 1), 1)
         return self.num_processes
 
     @property
@@ -185,11 +185,11 @@ class MeshStrategy(DDPStrategy):
         else:
             trace = "".join(traceback.format_exception(exception))
             reason = f"Stage {self.stage} (rank {self.global_rank}) failed:\n{trace}"
+        self._world.fail(reason)  # first: who waits there answers no messages
+        self._world = None
         if self._transport is not None:
             self._transport.abort(reason)
             self._transport = self._channels = None
-        self._world.fail(reason)
-        self._world = None
 
     @override
     def teardown(self) -> None:

@@ -48,7 +48,7 @@ def check_devices(
     for name, value in (("num_stages", num_stages), ("data_parallel_size", data_parallel_size)):
         if value != "auto" and value < 1:
             raise MisconfigurationException(f"`{name}` must be at least 1 or 'auto', but is {value}.")
-    width = 1 if virtual else chosen_stages
+    width = 1 if virtual else max(chosen_stages, 1)
     if data_parallel_size != "auto" and width * data_parallel_size != num_devices:
         raise MisconfigurationException(
             f"{'`virtual=True` and ' if virtual else '`num_stages` times '}`data_parallel_size` must make the number of"

@@ -67,7 +67,7 @@ def stream() -> DataLoader:
 
 
 def with_workers() -> DataLoader:
-    return DataLoader(items(), batch_size=8, shuffle=True, num_workers=2)
+    return DataLoader(items(), batch_size=8, shuffle=True, num_workers=2, persistent_workers=True)
 
 
 class FirstTwice:
