@@ -106,12 +106,15 @@ def test_a_killed_process_ends_all(tmp_path: Path) -> None:
 
 
 def fit_and_resume(folder: str, devices: int, saves: dict[str, Any], resumes: dict[str, Any] | None) -> Outcome:
-    callbacks = [ModelCheckpoint(folder, save_last=True)]
-    args: dict[str, Any] = {"module_args": {"optimizer": "adamw"}, "enable_checkpointing": True}
+    def fit_and_save(strategy: dict[str, Any], max_epochs: int, **kwargs: Any) -> Outcome:
+        callbacks = [ModelCheckpoint(folder, save_last=True)]
+        args: dict[str, Any] = {"module_args": {"optimizer": "adamw"}, "enable_checkpointing": True}
+        return fit(models.MLP, models.vectors, strategy, devices, max_epochs, callbacks=callbacks, **args, **kwargs)
+
     if resumes is None:
-        return fit(models.MLP, models.vectors, saves, devices, 2, callbacks=callbacks, **args)
-    fit(models.MLP, models.vectors, saves, devices, 1, callbacks=callbacks, **args)
-    return fit(models.MLP, models.vectors, resumes, devices, 2, ckpt_path=f"{folder}/last.ckpt", **args)
+        return fit_and_save(saves, 2)
+    fit_and_save(saves, 1)
+    return fit_and_save(resumes, 2, ckpt_path=f"{folder}/last.ckpt")
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])

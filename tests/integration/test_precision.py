@@ -170,10 +170,13 @@ def test_processes_scale_as_virtual_stages(
 
 
 def fit_and_resume(folder: str, num_stages: int, virtual: bool, resumes: bool) -> Any:
-    args: dict[str, Any] = {"where": 0, "gradient_clip_val": 0.05, "enable_checkpointing": True}
-    callbacks = [ModelCheckpoint(folder, save_last=True)]
-    first = fit_scaled(num_stages, virtual, callbacks=callbacks, max_epochs=1 if resumes else 2, **args)
-    return fit_scaled(num_stages, virtual, ckpt_path=f"{folder}/last.ckpt", max_epochs=2, **args) if resumes else first
+    def fit_and_save(**kwargs: Any) -> Any:
+        callbacks = [ModelCheckpoint(folder, save_last=True)]
+        args: dict[str, Any] = {"where": 0, "gradient_clip_val": 0.05, "enable_checkpointing": True}
+        return fit_scaled(num_stages, virtual, callbacks=callbacks, **args, **kwargs)
+
+    first = fit_and_save(max_epochs=1 if resumes else 2)
+    return fit_and_save(ckpt_path=f"{folder}/last.ckpt", max_epochs=2) if resumes else first
 
 
 @pytest.mark.parametrize("virtual", [False, True])
