@@ -189,7 +189,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
                 " optimizer with several parameter groups."
             ) from None
         if self.num_stages > 1:
-            check_optimizers(list(self.optimizers))
+            check_optimizers([getattr(o, "_optimizer", o) for o in self.optimizers], self._virtual)
 
     # ----- the plan
 

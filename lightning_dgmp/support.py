@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import LBFGS
+from torch.optim import LBFGS, SGD
 
 from lightning_dgmp.host import (
     BitsandbytesPrecision,
@@ -126,13 +126,19 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
         )
 
 
-def check_optimizers(optimizers: list[object]) -> None:
+def check_optimizers(optimizers: list[Any], virtual: bool) -> None:
     """Refuse optimizers that evaluate the step more than once, or that know other processes."""
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
             raise MisconfigurationException(
                 "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but"
                 f" `{type(optimizer).__name__}` calls its closure several times. Use a first-order optimizer."
+            )
+        has_momentum = any(group.get("momentum") for group in optimizer.param_groups)
+        if virtual and isinstance(optimizer, SGD) and optimizer.defaults.get("fused") and has_momentum:
+            raise MisconfigurationException(
+                "`virtual=True` gives the parameters of each stage their first gradient at another step, but"
+                " `torch.optim.SGD(fused=True)` with momentum wants them all at once. Use `fused=False`."
             )
         if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
             raise MisconfigurationException(

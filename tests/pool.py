@@ -68,7 +68,7 @@ class WorkerPool:
                 "LOCAL_RANK": str(rank),
                 "NODE_RANK": "0",
             }
-            worker.pipe.send((function, args, kwargs, environment))
+            worker.pipe.send((function, args, kwargs, environment, timeout))
         deadline = time.monotonic() + timeout
         results: list[Any] = []
         for rank, worker in enumerate(workers):
@@ -116,8 +116,7 @@ class _Worker:
             self._is_ready = True
 
     def stacks(self) -> str:
-        """Where all threads of the worker are; it may need a moment to write it."""
-        os.kill(self.process.pid or 0, signal.SIGUSR2)
+        """What the worker wrote when its time was up; it may need a moment for that."""
         deadline = time.monotonic() + 3
         while not (text := self.log.read()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -131,7 +130,6 @@ class _Worker:
 def _work(pipe: Any, log: str) -> None:
     stacks = open(log, "w")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR2, file=stacks)  # whoever holds the interpreter; the others are Lightning's
     import torch
     import torch.distributed as dist
 
@@ -142,15 +140,17 @@ def _work(pipe: Any, log: str) -> None:
     pipe.send("ready")
     while True:
         try:
-            function, args, kwargs, environment = pipe.recv()
+            function, args, kwargs, environment, timeout = pipe.recv()
         except EOFError:
             return
         os.environ.update(environment)
+        faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)  # signals are Lightning's
         result: Any
         try:
             result = function(*args, **kwargs)
         except BaseException as error:
             result = Failure(error)
+        faulthandler.cancel_dump_traceback_later()
         clean = _ends_soon(lambda: any(thread.name.startswith("dgmp-") for thread in threading.enumerate()))
         if dist.is_initialized() and clean:  # what is at work in a thread cannot be destroyed
             dist.destroy_process_group()

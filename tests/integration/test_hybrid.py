@@ -65,8 +65,7 @@ def assert_agree(outcomes: list[Outcome]) -> None:
         ("momentum", 8, None),
     ],
 )
-@pytest.mark.parametrize(("num_stages", "num_replicas"), [(2, 2), (4, 2)])
-@pytest.mark.parametrize("virtual", [False, True])
+@pytest.mark.parametrize(("num_stages", "num_replicas", "virtual"), [(2, 2, False), (4, 2, False), (4, 2, True)])
 def test_replicas_are_a_fifo_of_averages(
     pool: WorkerPool,
     num_stages: int,

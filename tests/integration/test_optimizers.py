@@ -37,7 +37,8 @@ class Matrices(models.Base):
 
 
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
-    ("SGD", {"momentum": 0.9, "nesterov": True, "fused": True}),
+    ("SGD", {"fused": True}),
+    ("SGD", {"momentum": 0.9, "nesterov": True, "foreach": True}),
     ("AdamW", {"fused": True}),
     ("AdamW", {"foreach": True, "amsgrad": True}),
     ("Adam", {"foreach": False, "weight_decay": 0.1}),
@@ -56,6 +57,15 @@ def test_processes_equal_virtual_stages(pool: WorkerPool, name: str, kwargs: dic
     expected = pool.run(fit, 1, Matrices, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
     ours = pool.run(fit, 3, Matrices, models.vectors, {"num_stages": 3}, 3, **args)[0]
     assert_equal(ours, expected, 1e-5)
+
+
+def test_fused_momentum(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"module_args": {"name": "SGD", "kwargs": {"momentum": 0.9, "fused": True}}}
+    result = pool.try_run(fit, 1, Matrices, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert "Use `fused=False`." in result.message
+    ours = pool.run(fit, 3, Matrices, models.vectors, {"num_stages": 3}, 3, **args)[0]
+    args["module_args"]["kwargs"] = {"momentum": 0.9}
+    assert_equal(ours, pool.run(fit, 3, Matrices, models.vectors, {"num_stages": 3}, 3, **args)[0], 1e-6)
 
 
 class WithZero(models.MLP):
