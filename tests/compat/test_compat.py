@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.compat.harness import compare, whole_story
-from tests.compat.modules import ACCEPTED, REFUSED
+from tests.compat.modules import ACCEPTED, CASES, REFUSED
 from tests.pool import Failure, WorkerPool
 
 # What refusals are raised as; anything else is a failure.
@@ -53,3 +53,8 @@ def test_refusals(pool: WorkerPool, tmp_path: Path, name: str) -> None:
     assert case.refusal is not None
     for rank, result in enumerate(results):
         assert re.search(case.refusal, result.message), f"rank {rank} says: {result.traceback}"
+
+
+def test_the_readme_has_all_modules() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    assert re.findall(r"^\| (\w+) \| [^|]+ \| (?:works|\w+Error|\w+Exception)", text, re.MULTILINE) == list(CASES)
