@@ -154,9 +154,10 @@ class World:
         work.wait()
 
     def guarded(self, future: Future[Any], what: str) -> Future[Any]:
-        """The ``future`` of a collective, which fails as soon as another process does.
+        """The ``future`` of a collective, which fails soon after another process does.
 
-        For who waits where nobody else can look: a collective of torch.distributed goes on until its end.
+        What that one has done before counts, for some seconds. For who waits where nobody else can look: a collective
+        of torch.distributed goes on until its end.
         """
         guarded: Future[Any] = Future()
         lock = threading.Lock()
@@ -181,12 +182,13 @@ class World:
         return guarded.then(_value_or_error)
 
     def _watch_guarded(self) -> None:
-        idle = 0
+        idle, grace = 0, _LAST_WORDS
         while idle < 3:  # it lives as long as a collective goes on
             time.sleep(_LOOK)
             idle = 0 if self._guarded else idle + 1
             if self._guarded and (reason := self.failure()) is not None:
-                for end in list(self._guarded.values()):
+                grace -= _LOOK
+                for end in list(self._guarded.values()) if grace < 0 else []:
                     end(reason)
 
     def failure(self) -> str | None:

@@ -38,3 +38,26 @@ def give_and_fail(item: Any) -> Any:
 def test_what_was_done_before_a_failure_counts(pool: WorkerPool, item: Any) -> None:
     gathered = pool.run(give_and_fail, 2, item)[0]
     assert [str(i) for i in gathered] == [str(item)] * 2
+
+
+def average_and_fail() -> float:
+    """Rank 1 fails as soon as it has taken part, while rank 0 is late to look."""
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    world = World("127.0.0.1", timedelta(seconds=20))
+    world.all_gather(None, "the start")
+    future: Any = torch.futures.Future()
+    guarded = world.guarded(future, "a test")
+    if rank == 1:
+        world.fail("the reason")
+    else:
+        time.sleep(1.5)  # the failure is known for long
+    future.set_result(3.0)
+    never = world.guarded(torch.futures.Future(), "another test")
+    with pytest.raises(RuntimeError, match="the reason"):
+        never.wait()
+    return guarded.wait()  # type: ignore[no-any-return]
+
+
+def test_a_guarded_collective_may_end_after_a_failure(pool: WorkerPool) -> None:
+    assert pool.run(average_and_fail, 2) == [3.0, 3.0]

@@ -165,7 +165,7 @@ if __name__ == "__main__":
     try:
         getattr(trainer, sys.argv[2])(Model(), models.vectors(8000))
     except BaseException as error:
-        sys.stderr.write(f"{type(error).__name__} of rank {trainer.global_rank}\n")  # at once: two processes write
+        sys.stderr.write(f"{type(error).__name__} of rank {trainer.global_rank}\\n")  # at once: two processes write
         raise
 """
 
