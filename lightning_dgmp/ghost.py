@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, MutableMapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ __all__ = ["PLAIN", "Ghost", "GhostError", "GhostRead", "looks_of", "realised"]
 
 #: Types of arguments that are what they look like.
 PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
+
+
+_STORAGE_IDS = itertools.count()
 
 
 class GhostError(RuntimeError):
@@ -63,6 +67,7 @@ class Ghost(torch.Tensor):
     stage: int
     vid: int
     looks: tuple[Any, ...] | None
+    storage_id: int
     _real: Tensor | None
     _receive: Callable[[], Tensor] | None
 
@@ -76,6 +81,7 @@ class Ghost(torch.Tensor):
             )
         ghost.fake, ghost.family, ghost.origin, ghost.needs_grad = fake, family, origin, requires_grad
         ghost.stage, ghost.vid, ghost.looks, ghost._real, ghost._receive = stage, -1, None, None, None
+        ghost.storage_id = next(_STORAGE_IDS)
         return ghost
 
     @property
@@ -87,6 +93,10 @@ class Ghost(torch.Tensor):
     def has_arrived(self) -> bool:
         """Whether the value has been received."""
         return self._real is not None
+
+    def show(self, fake: FakeTensor) -> None:
+        """Look like ``fake`` from now on."""
+        self.fake, self.looks = fake, None
 
     def bind(self, receive: Callable[[], Tensor]) -> None:
         """Let ``receive()`` supply the value at the first touch."""

@@ -6,8 +6,8 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,31 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostError, GhostRead, looks_of, realised
 from lightning_dgmp.nests import leaves, map_tensors, tensors_in
 
-__all__ = ["GhostMode", "is_in_place", "noting_reads"]
+__all__ = ["GhostMode", "Result", "is_in_place", "noting_reads"]
 
 _MAX_RESULTS = 10_000
 _FAKES = FakeTensorMode(allow_non_fake_inputs=True)  # one for all, since those of several do not mix
+
+
+class Result(NamedTuple):
+    """What an operation on fakes gave: ``nest`` with fakes for its tensors, and what the operation would cost.
+
+    For each tensor ``storages`` has the number of the input whose memory it shares, or a greater number of its own.
+    """
+
+    nest: Any
+    storages: list[int]
+    flops: int
+    nbytes: int
+
+
+_RESULTS: dict[Any, Result] = {}  # for all modes, so that nothing is found out twice
 
 
 class GhostMode:
@@ -41,7 +58,6 @@ class GhostMode:
         self.draws_noise = True
         #: Set when values of real tensors have decided something.
         self.has_read_values = False
-        self._results: dict[Any, Any] = {}
 
     # ----- making ghosts
 
@@ -59,23 +75,13 @@ class GhostMode:
 
     # ----- operations
 
-    def observe(self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None) -> None:
+    def observe(
+        self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None, result: Result
+    ) -> None:
         """Called after each operation on ghosts; ``changed`` is the ghost that was modified in place, if any."""
 
     def ignore_write(self, inputs: list[Ghost]) -> None:
         """Called when ghosts are written into one of ``written_over``, which does nothing."""
-
-    def around(self, func: Any) -> AbstractContextManager[Any]:
-        """What surrounds the fake execution of ``func``."""
-        return nullcontext()
-
-    def key(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What decides the looks of the result of ``func``, or ``None`` if something else may."""
-        if not all(isinstance(item, (Tensor, *PLAIN)) for item in leaves((args, kwargs))):
-            return None
-        device = args[0].fake.device.type if args and isinstance(args[0], Ghost) else "cpu"
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return func, autocast, looks_of(args), looks_of(dict(kwargs))
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
@@ -128,25 +134,19 @@ class GhostMode:
                     " `torch.stack` or `torch.where` instead."
                 )
 
-        fakes = {id(g.fake): g for g in inputs}
-        key = None if in_place else self.key(func, args, kwargs)
-        result = None if key is None else self._results.get(key)
-        if result is not None:
-            fakes = {}  # what was kept may be what an input shows, and yet it is a new tensor
-        else:
-            try:
-                with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, self.around(func):
-                    result = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                raise GhostRead(inputs[0], name) from None
-            except RuntimeError as error:
-                if "data is not allocated" in str(error):  # the operation reads a real argument, as of packed sequences
-                    raise GhostRead(inputs[0], name) from None
-                raise
-            if key is not None and not any(id(fake) in fakes for fake in tensors_in(result)):
-                if len(self._results) >= _MAX_RESULTS:  # as when every batch brings another number
-                    self._results.clear()
-                self._results[key] = result
+        fakes: dict[int, Ghost] = {}
+        key = None if in_place else _key(func, args, kwargs)
+        result = None if key is None else _RESULTS.get(key)
+        if result is None:  # what was kept may be what an input shows, and yet it is a new tensor
+            for ghost in inputs:
+                if fakes.get(id(ghost.fake), ghost) is not ghost or (in_place and ghost is subject):
+                    ghost.show(self.like(ghost.fake, "", False, ghost.fake.device).fake)  # others may show the same
+                fakes[id(ghost.fake)] = ghost
+            result = self._run(func, args, kwargs, inputs)
+            if key is not None and not any(id(fake) in fakes for fake in tensors_in(result.nest)):
+                if len(_RESULTS) >= _MAX_RESULTS:  # as when every batch brings another number
+                    _RESULTS.clear()
+                _RESULTS[key] = result
         needs_grad = (
             torch.is_grad_enabled()
             and name not in _CUTS_GRAPH
@@ -156,25 +156,77 @@ class GhostMode:
         )
         outputs: list[Ghost] = []
         latest = max(inputs, key=lambda ghost: ghost.stage)
+        shared = dict(enumerate(ghost.storage_id for ghost in inputs))
+        numbers = iter(result.storages)
 
         def wrap(fake: Tensor) -> Ghost:
-            ghost = fakes.get(id(fake))
+            ghost, number = fakes.get(id(fake)), next(numbers)
             if ghost is None:
                 differentiable = fake.is_floating_point() or fake.is_complex()
                 requires_grad = needs_grad and differentiable
                 ghost = Ghost(fake, self, latest.origin, requires_grad, latest.stage)  # type: ignore[arg-type]
+                ghost.storage_id = shared.setdefault(number, ghost.storage_id)
             outputs.append(ghost)
             return ghost
 
-        result = map_tensors(wrap, result)
+        nest = map_tensors(wrap, result.nest)
         changed = subject if in_place and isinstance(subject, Ghost) else None
         if changed is not None:
             changed.needs_grad |= needs_grad
             changed.stage = latest.stage
+            changed.looks = None
             if changed not in _Identity(outputs):
                 outputs.append(changed)
-        self.observe(func, inputs, outputs, changed)
-        return result
+        self.observe(func, inputs, outputs, changed, result)
+        return nest
+
+    def _run(self, func: Any, args: Any, kwargs: Mapping[str, Any], inputs: list[Ghost]) -> Result:
+        cost = _Cost()
+        try:
+            with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, cost:
+                nest = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise GhostRead(inputs[0], getattr(func, "__name__", str(func))) from None
+        except RuntimeError as error:
+            if "data is not allocated" in str(error):  # the operation reads a real argument, as of packed sequences
+                raise GhostRead(inputs[0], getattr(func, "__name__", str(func))) from None
+            raise
+        numbers = {_storage(ghost.fake): number for number, ghost in reversed(list(enumerate(inputs)))}
+        storages = [
+            numbers.setdefault(_storage(fake), len(inputs) + number) for number, fake in enumerate(tensors_in(nest))
+        ]
+        return Result(nest, storages, cost.flops, cost.nbytes)
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> Any:
+    """What decides the looks of the result of ``func``, or ``None`` if something else may."""
+    if not all(isinstance(item, (Tensor, *PLAIN)) for item in leaves((args, kwargs))):
+        return None
+    device = args[0].fake.device.type if args and isinstance(args[0], Ghost) else "cpu"
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    modes = autocast, torch.get_default_dtype(), torch.is_inference_mode_enabled()
+    return func, modes, looks_of(args), looks_of(dict(kwargs))
+
+
+def _storage(fake: Tensor) -> int:
+    return int(fake.untyped_storage()._cdata)
+
+
+class _Cost(TorchDispatchMode):
+    """Counts the floating point operations and the bytes of the operations below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        if not func.is_view:
+            self.nbytes += sum(t.numel() * t.element_size() for t in tensors_in((args, out)))
+        return out
 
 
 class _Identity:

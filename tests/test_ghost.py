@@ -115,6 +115,18 @@ def test_results_are_remembered_by_all_that_decides_them(ghost: Ghost) -> None:
     assert not two.bound
 
 
+def test_ghosts_that_look_alike_are_not_mistaken_for_each_other(ghost: Ghost) -> None:
+    for _ in range(2):
+        one, two = ghost * 2, ghost * 2
+        assert [id(t) for t in torch.atleast_1d(one, two)] == [id(one), id(two)]
+        assert one.add_(two) is one
+        one.unsqueeze_(0)
+        assert one.shape == (1, 2, 3)
+        assert (one + 1).shape == (1, 2, 3)
+        assert (two + 1).shape == (2, 3)
+    assert (ghost * 2).shape == (2, 3)
+
+
 def test_detached_ghosts_need_no_gradient(ghost: Ghost) -> None:
     assert (ghost * 2).requires_grad
     assert not (ghost.detach() * 2).requires_grad

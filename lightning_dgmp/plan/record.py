@@ -33,7 +33,6 @@ class Value:
 
     op: int
     nbytes: int
-    requires_grad: bool
     storage: int
     appearances: list[Appearance] = field(default_factory=list)
 

@@ -11,15 +11,12 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from lightning_dgmp.calls import (
     ParameterSlots,
@@ -30,7 +27,7 @@ from lightning_dgmp.calls import (
 )
 from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
 from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
-from lightning_dgmp.operations import GhostMode
+from lightning_dgmp.operations import GhostMode, Result
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
 
@@ -101,7 +98,7 @@ class _Tracer(GhostMode):
             }
         )
         self._name_of = {id(ghost): name for name, ghost in self.ghosts.items()}
-        self._name_of_storage = {ghost.fake.untyped_storage()._cdata: name for name, ghost in self.ghosts.items()}
+        self._name_of_storage = {ghost.storage_id: name for name, ghost in self.ghosts.items()}
         self._root, self._toggles, self._kept = root, _Toggles(root), _Kept(root)
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
@@ -113,10 +110,8 @@ class _Tracer(GhostMode):
         self._open_modules: list[nn.Module] = []
         self._occurrences: Counter[str] = Counter()
         self._time = self._functions_open = 0
-        self._cost = _Cost()
         self._values: list[weakref.ref[Ghost]] = []
         self._checkpoints = _Checkpoints()
-        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other gets their address
 
     # ----- calls
 
@@ -155,8 +150,6 @@ class _Tracer(GhostMode):
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((args, kwargs))):
             for ghost in tensors_in(out, Ghost):
                 ghost.needs_grad = ghost.is_floating_point() or ghost.is_complex()
-                if ghost.vid >= 0:
-                    self.trace.values[ghost.vid].requires_grad = ghost.needs_grad
         return out
 
     def _note(self, nest: Any, call: int, kind: str) -> None:
@@ -173,9 +166,6 @@ class _Tracer(GhostMode):
 
     # ----- operations
 
-    def key(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return None  # every operation must run, to be counted
-
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         for tensor in tensors_in((args, kwargs)):
             hidden = None if isinstance(tensor, Ghost) or not tensor.requires_grad else self._hidden_parameter(tensor)
@@ -189,17 +179,15 @@ class _Tracer(GhostMode):
             self.trace.touched.append((self._tick(), self._open[-1] if self._open else -1, args[0].vid))
         return super().call(func, args, kwargs)
 
-    def around(self, func: Any) -> AbstractContextManager[Any]:
-        self._cost.flops = self._cost.nbytes = 0
-        return self._cost
-
-    def observe(self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None) -> None:
+    def observe(
+        self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None, result: Result
+    ) -> None:
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         op = self._record(name, inputs)
         op.in_place = changed is not None
-        op.flops, op.nbytes = self._cost.flops, self._cost.nbytes
+        op.flops, op.nbytes = result.flops, result.nbytes
         if changed is not None:
             self._note_changed_parameter(name, changed)
         for ghost in outputs:
@@ -208,16 +196,14 @@ class _Tracer(GhostMode):
             if ghost is changed or ghost.vid < 0:
                 ghost.vid = len(self.trace.values)
                 nbytes = ghost.fake.numel() * ghost.fake.element_size()
-                storage = self._storages.setdefault(ghost.fake.untyped_storage()._cdata, ghost.fake.untyped_storage())
-                value = Value(len(self.trace.ops) - 1, nbytes, ghost.needs_grad, storage._cdata)
-                self.trace.values.append(value)
+                self.trace.values.append(Value(len(self.trace.ops) - 1, nbytes, ghost.storage_id))
                 if ghost is changed:
-                    self.trace.changes.setdefault(value.storage, []).append(op.time)
+                    self.trace.changes.setdefault(ghost.storage_id, []).append(op.time)
                 self._values.append(weakref.ref(ghost))
                 op.outputs.append(ghost.vid)
 
     def _note_changed_parameter(self, name: str, changed: Ghost) -> None:
-        parameter = self._name_of_storage.get(changed.fake.untyped_storage()._cdata)
+        parameter = self._name_of_storage.get(changed.storage_id)
         if parameter is None:
             return
         if self.ghosts[parameter].needs_grad:
@@ -391,19 +377,3 @@ class _Checkpoints:
 
     def forget(self) -> None:
         self._frame = None
-
-
-class _Cost(TorchDispatchMode):
-    """Counts the floating point operations and the bytes of the operations below it."""
-
-    flops = 0
-    nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
-        if not func.is_view:
-            self.nbytes += sum(t.numel() * t.element_size() for t in tensors_in((args, out)))
-        return out

@@ -133,9 +133,12 @@ def test_metrics_are_not_updated() -> None:
 
 def test_custom_functions_are_themselves_again() -> None:
     before = torch.autograd.Function.__dict__["apply"]
-    seen = trace(traps.CustomFunction.Layer(), torch.randn(2, 8))
+    made = []
+    layer = traps.CustomFunction.Layer()
+    layer.register_forward_hook(lambda _, __, out: made.append(out))
+    trace(layer, torch.randn(2, 8))
     assert torch.autograd.Function.__dict__["apply"] is before
-    assert seen.values[-1].requires_grad
+    assert made[0].requires_grad
 
 
 def test_recurrent_networks() -> None:
@@ -143,3 +146,25 @@ def test_recurrent_networks() -> None:
     seen = trace(module, torch.randn(3, 2, 4))
     assert {name for op in seen.ops for name in op.parameters} == {name for name, _ in module.named_parameters()}
     assert all(isinstance(weight, nn.Parameter) for weight in module._flat_weights)
+
+
+def test_costs_and_memory_do_not_depend_on_what_was_traced_before() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            rows = x[0]
+            rows += 1.0
+            return (x.view(-1) * 2).sum()
+
+    first, second = (trace(Views(), torch.randn(2, 4)) for _ in range(2))
+    assert [(op.name, op.flops, op.nbytes) for op in first.ops] == [(op.name, op.flops, op.nbytes) for op in second.ops]
+    assert first.ops[0].flops == 2 * 2 * 4 * 4
+    for seen in (first, second):
+        out, rows, changed, flat = [value.storage for value in seen.values[:4]]
+        assert out == rows == changed == flat
+        assert seen.values[4].storage != out
+        assert list(seen.changes) == [out]
