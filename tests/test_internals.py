@@ -80,3 +80,25 @@ def test_collectives_look_up_the_world() -> None:
 
 def test_metrics_look_up_how_to_gather() -> None:
     assert "dist_sync_fn = gather_all_tensors" in inspect.getsource(torchmetrics.metric.Metric.sync)
+
+
+def test_scalers_keep_their_state_where_it_is_set() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    assert scaler._scale is None
+    scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    assert (scaler._scale, scaler._growth_tracker) == (torch.tensor(4.0), torch.tensor(0))
+    scaler.scale(layer(torch.ones(2)).sum()).backward()
+    gradients = [p.grad for p in layer.parameters()]
+    found = torch.zeros(())
+    founds = scaler._unscale_grads_(optimizer, torch.tensor(0.25), found, False)
+    assert founds == {found.device: found}
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in layer.parameters())  # type: ignore[arg-type]
+    assert all(p.grad is grad for p, grad in zip(layer.parameters(), gradients))
+    state = scaler._per_optimizer_states[id(optimizer)]
+    assert {"stage", "found_inf_per_device"} <= state.keys()
+    assert {type(state["stage"]).READY, type(state["stage"]).UNSCALED}
+    state["found_inf_per_device"] = {torch.device("cpu"): torch.tensor(0.0), "told": torch.tensor(1.0)}
+    scaler.update()
+    assert scaler.get_scale() == 4.0 * scaler.get_backoff_factor()
