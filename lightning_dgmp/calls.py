@@ -123,19 +123,20 @@ class ParameterSlots:
 
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let ``tensors[name]`` stand in the places of the parameter ``name``; the others stay."""
-        places = [place for place in self._places if place[3] in tensors]
+        """Let ``tensors[name]`` stand in the places of the parameter ``name`` meanwhile; the others stay."""
+        places = [(entries, name, entries[name], full) for entries, name, _, full in self._places if full in tensors]
+        before = [module._flat_weights for module, _ in self._flat]
         for entries, name, _, full_name in places:
             entries[name] = tensors[full_name]
-        for module, flat in self._flat:
-            module._flat_weights = [self._substitute(tensors, weight) for weight in flat]
+        for (module, flat), weights in zip(self._flat, before):
+            module._flat_weights = [self._substitute(tensors, *pair) for pair in zip(flat, weights)]
         try:
             yield
         finally:
-            for entries, name, parameter, _ in places:
-                entries[name] = parameter
-            for module, flat in self._flat:
-                module._flat_weights = list(flat)
+            for entries, name, held, _ in places:
+                entries[name] = held
+            for (module, _), weights in zip(self._flat, before):
+                module._flat_weights = weights
 
-    def _substitute(self, tensors: Mapping[str, Tensor], weight: Any) -> Any:
-        return tensors.get(self.names[weight], weight) if weight in self.names else weight
+    def _substitute(self, tensors: Mapping[str, Tensor], weight: Any, held: Any) -> Any:
+        return tensors.get(self.names[weight], held) if weight in self.names else held

@@ -45,7 +45,7 @@ class WeightShards:
         self._ranks, self._group, self._world, self._stage = ranks, group, world, stage
         self._owners = {name: plan.stage_of(name)[0] for name in slots.parameters}
         self._parameters, self._names = slots.parameters, slots.names
-        self._foreign = {name for name, owner in self._owners.items() if owner != stage}
+        self._foreign = {name for name in slots.parameters if stage not in plan.stage_of(name)}
         self._root, self._modules = root, plan.modules
 
     def disperse(self) -> None:
@@ -161,7 +161,9 @@ class OptimizerShards:
         self._divide()
         local = self.optimizer.state_dict()
         groups = [{**saved, "params": names} for saved, names in zip(local["param_groups"], self._names)]
-        return {**local, "state": {self._own[i]: state for i, state in local["state"].items()}, "param_groups": groups}
+        named = {self._own[i]: state for i, state in local["state"].items()}
+        homed = {name: state for name, state in named.items() if self._plan.stage_of(name)[0] == self._stage}
+        return {**local, "state": homed, "param_groups": groups}
 
     def state_dict(self) -> dict[str, Any]:
         """The state for all parameters in the user's order, on the collecting rank; ``{}`` elsewhere.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dgmp.host import LightningModule, MisconfigurationException, is_overridden
 
-__all__ = ["clipping_by_total_norm", "clips_by_norm"]
+__all__ = ["after_clipping", "clipping_by_total_norm", "clips_by_norm"]
 
 
 def clips_by_norm(module: LightningModule) -> bool:
@@ -57,3 +57,19 @@ def clipping_by_total_norm(parts: Sequence[tuple[Sequence[nn.Parameter], Callabl
         yield
     finally:
         torch.nn.utils.clip_grad_norm_ = original
+
+
+@contextmanager
+def after_clipping(module: LightningModule, then: Callable[[], None]) -> Iterator[None]:
+    """Call ``then()`` when Lightning or the user's hook has clipped the gradients, also if there is nothing to do."""
+    original = module.configure_gradient_clipping
+
+    def configure_gradient_clipping(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        then()
+
+    module.__dict__["configure_gradient_clipping"] = configure_gradient_clipping
+    try:
+        yield
+    finally:
+        del module.__dict__["configure_gradient_clipping"]

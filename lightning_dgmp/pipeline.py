@@ -18,6 +18,7 @@ from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
+from lightning_dgmp.stage.shared import SharedParameters
 from lightning_dgmp.stage.skip import remove_ghosts
 from lightning_dgmp.transport import Transport
 from lightning_dgmp.wire import Wish
@@ -95,7 +96,9 @@ class Pipeline:
         transport.open(plan.edges())
         delay = delays_of(plan.num_stages)[stage]
         how = backward, seed, device, first_batch, message_dtype
-        self.runner = StageRunner(module, slots, plan, stage, delay, transport, *how)
+        self.runner = runner = StageRunner(module, slots, plan, stage, delay, transport, *how)
+        if plan.shared:
+            runner.shared = SharedParameters(plan, stage, runner.own, transport)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
 
@@ -123,7 +126,9 @@ class Pipeline:
             for path, module in runner.root.named_modules()
             if module._buffers and broadcast_buffers and owners.get(path) in (None, runner.stage)
         ]
-        runner.averaging = Averaging(list(runner.own.values()), buffers, group, wrap, wait, runner.device)
+        copies = {} if runner.shared is None else runner.shared.copies  # the home averages for all
+        own = [parameter for name, parameter in runner.own.items() if name not in copies]
+        runner.averaging = Averaging(own, buffers, group, wrap, wait, runner.device)
         runner.agree = agree
 
     @contextmanager

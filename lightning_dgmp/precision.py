@@ -70,11 +70,12 @@ class StageGradScaler(_DelayedGradScaler):
     Args:
         scaler: Whose settings and state to take.
         is_owner: Whether this is the last stage.
+        copies: Parameters whose gradients are made by another stage, which decides about their update.
     """
 
-    def __init__(self, scaler: GradScaler, is_owner: bool) -> None:
+    def __init__(self, scaler: GradScaler, is_owner: bool, copies: Sequence[nn.Parameter] = ()) -> None:
         super().__init__(scaler)
-        self._is_owner = is_owner
+        self._is_owner, self._copies = is_owner, copies
 
     def use(self, scale: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """Take over the ``scale`` of the next backward; gradients that wait for more get it too."""
@@ -91,6 +92,25 @@ class StageGradScaler(_DelayedGradScaler):
     def hear(self, overflow: Tensor) -> None:
         """Take what the stage before has told."""
         self.overflow = torch.minimum(self.overflow, overflow)
+
+    def has_overflowed(self, optimizer: Optimizer) -> bool:
+        """Remove the scale, if that is not done yet, and say whether gradients of this stage are not finite."""
+        state = self._per_optimizer_states[id(optimizer)]
+        has_gradients = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if has_gradients and state["stage"] is type(state["stage"]).READY:
+            self.unscale_(optimizer)
+        return any(found.item() for found in state["found_inf_per_device"].values())
+
+    @override
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        if self._copies and self.has_overflowed(optimizer):  # the step is for the copies alone
+            self.overflow = torch.minimum(self.overflow, self.scale_here)
+            copies = {id(copy) for copy in self._copies}
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) not in copies):
+                parameter.grad = None
+            founds = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+            founds.update({device: torch.zeros_like(found) for device, found in founds.items()})
+        return super().step(optimizer, *args, **kwargs)
 
     @override
     def update(self, new_scale: Any = None) -> None:

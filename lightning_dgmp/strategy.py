@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.clipping import clipping_by_total_norm, clips_by_norm
+from lightning_dgmp.clipping import after_clipping, clipping_by_total_norm, clips_by_norm
 from lightning_dgmp.evaluating import EvaluatingStrategy
 from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
@@ -236,7 +236,8 @@ class DelayedMPStrategy(EvaluatingStrategy):
             message_dtype=self._message_dtype,
         )
         runner = self._pipeline.runner
-        scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last))
+        copies = [] if runner.shared is None else list(runner.shared.copies.values())
+        scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last, copies))
         if clips_by_norm(module) or scaler is not None:
             runner.notes = StageNotes(self.stage, squares, clips_by_norm(module), scaler)
         if self.data_parallel_size > 1:
@@ -356,14 +357,25 @@ class DelayedMPStrategy(EvaluatingStrategy):
         if self.runner is None:
             with self._clipping():
                 return super().optimizer_step(optimizer, closure, model, **kwargs)
+        module = self.lightning_module
+        assert module is not None
         result = closure()
+        exchange = partial(self._exchange_shared, optimizer)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            with self._clipping():
+            with self._clipping(), after_clipping(module, exchange):
                 return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
         # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
         # not cope with that, and a scheduler wants to see it.
+        exchange()
         optimizer.step(lambda: result)
         return result
+
+    def _exchange_shared(self, optimizer: Optimizer) -> None:
+        assert self.runner is not None
+        if self.runner.shared is not None:
+            scaler = getattr(self.precision_plugin, "scaler", None)
+            is_skipped = isinstance(scaler, StageGradScaler) and scaler.has_overflowed(optimizer)
+            self.runner.shared.exchange(is_skipped)
 
     def _clipping(self) -> AbstractContextManager[None]:
         """Around a step: clipping by norm takes that of all stages."""

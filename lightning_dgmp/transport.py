@@ -7,7 +7,8 @@ ahead and one that sends, so that the training thread waits only for what is not
     training thread   send() -> queue -> sending thread ~~ peer's receiving thread -> queue -> receive()
 
 Messages describe themselves: a header of integers (kind, batch, flags, shapes), then the tensors. A third direction
-brings the batches of data from stage 0 to all others, and two more let these ask it for more of them.
+brings the batches of data from stage 0 to all others, two more let these ask it for more of them, and a last one brings
+the gradients of parameters that live on several stages.
 
 With gloo, tensors of an accelerator travel through pinned host memory, so several stages can share one device. With
 NCCL the headers still go over gloo and the tensors straight from device to device, one communicator a pair and
@@ -35,14 +36,15 @@ import torch.distributed as dist
 from lightning_dgmp.wire import ABORT, CLOSE, Arriving, Broken, Message, Staged, Wire
 from lightning_dgmp.world import PeerError
 
-__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REQUESTS", "Peer", "Transport", "group_of_channels"]
+__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REQUESTS", "SHARED", "Peer", "Transport", "group_of_channels"]
 
 ACTIVATIONS = "activations"
 ERRORS = "errors"
 DATA = "data"
 REQUESTS = "requests"
+SHARED = "gradients of shared parameters"
 _REPLIES = "replies"
-_DIRECTIONS = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES)
+_DIRECTIONS = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES, SHARED)
 
 _FOREVER = timedelta(days=365)
 _LOOK = 0.3  # seconds between two looks whether who takes nothing is still there
@@ -125,6 +127,11 @@ class Transport:
             self._connect(ACTIVATIONS, source, target, self._device, over_nccl)
             self._connect(ERRORS, target, source, self._device, over_nccl)
             self._edges.add(edge)
+
+    def share(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Open a channel for gradients of shared parameters from one stage to another for each pair."""
+        for source, target in sorted(pairs):
+            self._connect(SHARED, self._peers[source], self._peers[target], self._device, self._over_nccl)
 
     def serve(self, answer: Callable[[int, Message], Message | None]) -> None:
         """Let stage 0 answer the others by ``answer(stage, request)``, in a thread. All stages must call it."""

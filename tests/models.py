@@ -229,11 +229,11 @@ class Contrastive(Base):
 class HuggingFace(Base):
     """A language model of transformers, by its configuration: "gpt2", "llama" or "bert"."""
 
-    def __init__(self, kind: str = "gpt2", **kwargs: Any) -> None:
+    def __init__(self, kind: str = "gpt2", tied: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         import transformers as hf
 
-        common: dict[str, Any] = {"vocab_size": 20, "tie_word_embeddings": False}
+        common: dict[str, Any] = {"vocab_size": 20, "tie_word_embeddings": tied}
         ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
         if kind == "gpt2":
             dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -36,7 +36,7 @@ def train_by_hand(
     optimizer, scheduler = configured, None
     if isinstance(configured, dict):
         optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    parameters = [{n: p for n, p in module.named_parameters() if stages[n] == (k,)} for k in range(num_stages)]
+    parameters = [{n: p for n, p in module.named_parameters() if stages[n][0] == k} for k in range(num_stages)]
     queues: list[deque[dict[str, Tensor]]] = [deque() for _ in parameters]
     squares = [0.0 for _ in parameters]  # of each stage's newest gradient
     told: list[list[float]] = [[] for _ in parameters]  # what each stage sent with errors, by iteration

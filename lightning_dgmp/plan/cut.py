@@ -4,6 +4,9 @@ Parameters are ordered by their first use; those that one operation uses togethe
 gives the units below ``c`` to earlier stages. An operation runs on the latest stage among its parameters and inputs, so
 with ``height(op) = max(unit of its parameters, heights of its inputs)`` it is late for the cut ``c`` exactly if
 ``height(op) >= c``: the heights are computed once and answer for every cut.
+
+A parameter that is used again after later ones is *shared*: what follows counts as a use of another parameter, in a
+unit of its own, and every stage that has a use of it holds a copy.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ _PER_BYTE = 8
 _PER_PARAMETER_BYTE = 20
 _PER_SENT_BYTE = 16
 _BACKWARD = 2  # a backward costs about two forwards
+_MAX_USES = 100  # of one parameter in units of their own
+
+_Use = tuple[str, int]  # a parameter, and how many of its units come before
 
 
 class PlanError(RuntimeError):
@@ -44,6 +50,7 @@ class Cuts:
 
     Attributes:
         units: In order of first use. The cut ``c`` lies before ``units[c]``, ``0 < c < len(units)``.
+        units_of: The units that use a parameter, in order.
         costs: Forward, backward and update of each unit and of what runs with it.
         nbytes: What crosses each cut, in bytes.
         obstacles: Why a cut is impossible; no entry if it is possible.
@@ -53,8 +60,16 @@ class Cuts:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.units = _units(trace)
-        self.unit_of = {name: u for u, unit in enumerate(self.units) for name in unit.parameters}
+        self._uses: list[tuple[_Use, ...]] = [tuple((name, 0) for name in op.parameters) for op in trace.ops]
+        while again := self._used_again():
+            for name, first in again.items():
+                for op in range(first, len(trace.ops)):
+                    self._uses[op] = tuple((n, i + (n == name)) for n, i in self._uses[op])
+        self.units, self._unit_of = _units(trace, self._uses)
+        self.units_of: dict[str, list[int]] = {}
+        for (name, _), unit in self._unit_of.items():
+            if unit not in self.units_of.setdefault(name, []):
+                self.units_of[name].append(unit)
         self.op_heights: list[int] = []
         self.value_heights: list[int] = [0] * len(trace.values)
         self.obstacles: dict[int, str] = {}
@@ -64,9 +79,12 @@ class Cuts:
             self._measure_heights()
             self._forbid_cuts_inside()
             self._measure_crossings()
-            for name, parameter in trace.parameters.items():
-                if parameter.requires_grad and name in self.unit_of:
-                    self.costs[self.unit_of[name]] += _PER_PARAMETER_BYTE * parameter.nbytes
+            for name, units in self.units_of.items():
+                parameter = trace.parameters[name]
+                for unit in units if parameter.requires_grad else []:
+                    self.costs[unit] += _PER_PARAMETER_BYTE * parameter.nbytes
+                for cut in range(units[0] + 1, units[-1] + 1):
+                    self.nbytes[cut] += 2 * parameter.nbytes  # its gradient, and what becomes of it
 
     @property
     def possible(self) -> list[int]:
@@ -78,34 +96,37 @@ class Cuts:
         heights = [self.op_heights[op] for op in self.trace.calls[call].ops]
         return (min(heights), max(heights)) if heights else (1, 0)
 
+    def _used_again(self) -> dict[str, int]:
+        """The parameters that are used after later ones, and the first operation that does so."""
+        _, unit_of = _units(self.trace, self._uses)
+        heights: list[int] = [0] * len(self.trace.values)
+        again: dict[str, int] = {}
+        for index, (op, uses) in enumerate(zip(self.trace.ops, self._uses)):
+            inputs = max((heights[v] for v in op.inputs), default=0)
+            for name, count in uses:
+                if unit_of[name, count] < inputs and count < _MAX_USES:
+                    again.setdefault(name, index)
+            height = max([inputs] + [unit_of[use] for use in uses])
+            for v in op.outputs:
+                heights[v] = height
+        return again
+
     def _measure_heights(self) -> None:
         trace, last = self.trace, len(self.units) - 1
-        for op in trace.ops:
+        for op, uses in zip(trace.ops, self._uses):
             inputs = max((self.value_heights[v] for v in op.inputs), default=0)
-            for name in op.parameters:
-                for cut in range(self.unit_of[name] + 1, inputs + 1):
-                    self.obstacles.setdefault(cut, self._backwards(name, op.call))
-            height = max([inputs] + [self.unit_of[name] for name in op.parameters])
+            for use in uses:
+                for cut in range(self._unit_of[use] + 1, inputs + 1):
+                    self.obstacles.setdefault(
+                        cut, f"the parameter `{use[0]}` is used again and again, more than {_MAX_USES} times"
+                    )
+            height = max([inputs] + [self._unit_of[use] for use in uses])
             if op.name == "read" and trace.stopped is not None:
                 height = last
             self.op_heights.append(height)
             self.costs[height] += (1 + _BACKWARD) * (op.flops + _PER_BYTE * op.nbytes)
             for v in op.outputs:
                 self.value_heights[v] = height
-
-    def _backwards(self, name: str, call: int) -> str:
-        first = self.trace.calls[self.units[self.unit_of[name]].call].path
-        again = self.trace.calls[call].path
-        if first == again:
-            return (
-                f"`{first or 'the step'}` is called again after later modules have run, so a value would have to travel"
-                f" back to the stage of its parameter `{name}`"
-            )
-        return (
-            f"the parameter `{name}` is used by `{first or 'the step'}` and again by `{again or 'the step'}` after"
-            " later modules have run; a parameter on two stages is not supported yet, so untie them (for Hugging Face"
-            " models: `tie_word_embeddings=False`; where that is not enough, give the head a weight of its own)"
-        )
 
     def _measure_crossings(self) -> None:
         trace, heights = self.trace, self.value_heights
@@ -138,6 +159,13 @@ class Cuts:
             if call.is_hooked:
                 where = f"`{call.path or 'the step'}`, whose backward hooks need all of it on one stage"
                 self._forbid(*self.call_span(index), f"it lies in {where}")
+        stateful: dict[str, list[tuple[int, int]]] = {}
+        for index, call in enumerate(self.trace.calls):
+            if call.has_state and call.ops:
+                stateful.setdefault(call.path, []).append(self.call_span(index))
+        for path, calls in stateful.items():
+            reason = f"it lies between calls of `{path}`, whose buffers are on one stage"
+            self._forbid(min(low for low, _ in calls), max(high for _, high in calls), reason)
         spans: dict[int, tuple[int, int]] = {}
         for op, height in zip(self.trace.ops, self.op_heights):
             if op.checkpoint is not None:
@@ -194,30 +222,29 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
     return chosen[::-1][1:]
 
 
-def _units(trace: Trace) -> list[Unit]:
-    parent: dict[str, str] = {}
-    first: dict[str, int] = {}
+def _units(trace: Trace, uses: Sequence[tuple[_Use, ...]]) -> tuple[list[Unit], dict[_Use, int]]:
+    parent: dict[_Use, _Use] = {}
+    first: dict[_Use, int] = {}
+    order: dict[_Use, int] = {}
 
-    def find(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
+    def find(use: _Use) -> _Use:
+        while parent[use] != use:
+            use = parent[use]
+        return use
 
-    for op in trace.ops:
-        for name in op.parameters:
-            if name not in parent:
-                parent[name] = name
-                first[name] = op.call
-        for name in op.parameters[1:]:
-            a, b = find(op.parameters[0]), find(name)
-            order = list(parent)
-            if order.index(a) > order.index(b):
-                a, b = b, a
+    for op, used in zip(trace.ops, uses):
+        for use in used:
+            if use not in parent:
+                parent[use] = use
+                first[use], order[use] = op.call, len(order)
+        for use in used[1:]:
+            a, b = sorted((find(used[0]), find(use)), key=order.__getitem__)
             parent[b] = a
-    members: dict[str, list[str]] = {}
-    for name in parent:
-        members.setdefault(find(name), []).append(name)
-    return [Unit(tuple(names), first[root]) for root, names in members.items()]
+    members: dict[_Use, list[_Use]] = {}
+    for use in parent:
+        members.setdefault(find(use), []).append(use)
+    units = [Unit(tuple(name for name, _ in together), first[root]) for root, together in members.items()]
+    return units, {use: unit for unit, together in enumerate(members.values()) for use in together}
 
 
 def _straddles(spans: Sequence[tuple[int, int]], call: int, cut: int) -> bool:

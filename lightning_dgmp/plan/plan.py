@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -16,6 +17,8 @@ from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts
 from lightning_dgmp.plan.record import Trace
 
 __all__ = ["Event", "Plan", "Transfer", "make_evaluation_plan", "make_plan"]
+
+_MAX_NOTES = 5
 
 
 class Event(NamedTuple):
@@ -53,20 +56,22 @@ class Plan:
 
     Attributes:
         num_stages: How many stages there are.
-        modules: The stage that runs all calls of a module, by its path; ``None`` if its calls must be entered because
-            parts of them belong to different stages, or to all.
+        modules: The stage that runs the calls of a module, by its path; ``None`` if they must be entered because parts
+            of them belong to different stages, or to all.
         visible: The modules of which a call is seen from outside of any module that one stage runs as a whole.
         transfers: What travels in every step, in order.
         last_events: For each stage the last moment of the step that concerns it; ``None``: the step's end.
         runs_on: The stages that run a step to its end, without computing, because it keeps something after their
             last event. A stage's own affair, which others need not agree on: code for rank 0 keeps things on rank 0.
         toggled: Attributes of modules, by path and name, that the step changes and changes back.
+        calls: The same for single calls, by path and occurrence, of modules with shared parameters whose calls differ;
+            their first call stands in ``modules``.
         stages: One summary a stage.
     """
 
     def __init__(
         self,
-        parameters: dict[str, int],
+        parameters: dict[str, tuple[int, ...]],
         modules: dict[str, int | None],
         visible: set[str],
         transfers: list[Transfer],
@@ -74,9 +79,11 @@ class Plan:
         stages: list[StageSummary],
         toggled: Sequence[tuple[str, str]] = (),
         runs_on: Set[int] = frozenset(),
+        calls: Mapping[tuple[str, int], int | None] = {},
     ) -> None:
         self.num_stages = len(stages)
         self.modules = modules
+        self.calls = calls
         self.visible = visible
         self.transfers = transfers
         self.last_events = last_events
@@ -85,8 +92,12 @@ class Plan:
         self.stages = stages
         self._parameters = parameters
 
+    def owner(self, path: str, occurrence: int) -> int | None:
+        """The stage that runs a call of a module; ``None`` if it must be entered."""
+        return self.calls.get((path, occurrence), self.modules.get(path))
+
     def stage_of(self, parameter_name: str) -> tuple[int, ...]:
-        """The stages on which a parameter lives.
+        """The stages on which a parameter lives, several if it is shared; the first of them is its *home*.
 
         Args:
             parameter_name: As in ``named_parameters()`` of the LightningModule.
@@ -94,16 +105,22 @@ class Plan:
         Raises:
             KeyError: If the model has no such parameter.
         """
-        return (self._parameters[parameter_name],)
+        return self._parameters[parameter_name]
+
+    @property
+    def shared(self) -> dict[str, tuple[int, ...]]:
+        """The parameters that live on several stages, with these."""
+        return {name: stages for name, stages in self._parameters.items() if len(stages) > 1}
 
     def edges(self) -> list[tuple[int, int]]:
-        """Pairs of stages that exchange messages: neighbours always, others where a value skips stages."""
+        """Pairs of stages that exchange messages: neighbours always, others where a value or gradient skips stages."""
         neighbours = {(k, k + 1) for k in range(self.num_stages - 1)}
-        return sorted(neighbours | {(t.source, t.target) for t in self.transfers})
+        shared = {pair for stages in self.shared.values() for pair in pairwise(stages)}
+        return sorted(neighbours | shared | {(t.source, t.target) for t in self.transfers})
 
     def digest(self) -> str:
         """A fingerprint, to check that all ranks made the same plan."""
-        owners = sorted(self._parameters.items()), sorted(self.modules.items(), key=str)
+        owners = [sorted(d.items(), key=str) for d in (self._parameters, self.modules, self.calls)]
         content = repr((owners, sorted(self.visible), self.transfers, self.last_events))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -117,7 +134,8 @@ class Plan:
             rows.append((str(k), stage.first_module, stage.last_module, share, _human(stage.num_parameters, ""), sends))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(_align(cell, widths[i], i) for i, cell in enumerate(row)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        notes = [f"shared: {name} on stages {', '.join(map(str, stages))}" for name, stages in self.shared.items()]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *notes[:_MAX_NOTES]])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_stages={self.num_stages})\n{self.table()}"
@@ -161,7 +179,10 @@ def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence
         root,
         [stage(height) for height in cuts.op_heights],
         [stage(height) for height in cuts.value_heights],
-        {name: stage(cuts.unit_of[name]) if name in cuts.unit_of else num_stages - 1 for name in trace.parameters},
+        {
+            name: tuple(sorted({stage(unit) for unit in cuts.units_of.get(name, [len(cuts.units)])}))
+            for name in trace.parameters
+        },
         [sum(cuts.costs[a:b]) for a, b in pairwise(bounds)],
     )
 
@@ -223,18 +244,19 @@ def make_evaluation_plan(trace: Trace, root: nn.Module, training: Plan) -> Plan:
     value_stages = [0] * len(trace.values)
     op_stages: list[int] = []
     for op in trace.ops:
-        stages = [value_stages[v] for v in op.inputs] + [training.stage_of(name)[0] for name in op.parameters]
-        stage = last if op.name == "read" else max(stages, default=0)
-        for name in op.parameters:
-            if training.stage_of(name)[0] < stage:
+        stage = last if op.name == "read" else max((value_stages[v] for v in op.inputs), default=0)
+        homes = {name: training.stage_of(name) for name in op.parameters}
+        stage = max([stage, *(min((k for k in stages if k >= stage), default=stages[-1]) for stages in homes.values())])
+        for name, stages in homes.items():
+            if stage not in stages:
                 raise PlanError(
                     f"`{trace.calls[op.call].path if op.call >= 0 else 'the step'}` uses `{name}` of stage"
-                    f" {training.stage_of(name)[0]} after stage {stage}, so a value would have to travel back"
+                    f" {stages[-1]} after stage {stage}, so a value would have to travel back"
                 )
         op_stages.append(stage)
         for v in op.outputs:
             value_stages[v] = stage
-    parameters = {name: training.stage_of(name)[0] for name in trace.parameters}
+    parameters = {name: training.stage_of(name) for name in trace.parameters}
     costs = [0.0] * training.num_stages
     return _lay_out(trace, root, op_stages, value_stages, parameters, costs)
 
@@ -244,23 +266,24 @@ def _lay_out(
     root: nn.Module,
     op_stages: list[int],
     value_stages: list[int],
-    parameters: dict[str, int],
+    parameters: dict[str, tuple[int, ...]],
     costs: list[float],
 ) -> Plan:
     num_stages = len(costs)
-    modules = _module_stages(trace, root, op_stages, parameters)
-    visible = _visible_calls(trace, modules)
-    transfers, times = _transfers(trace, op_stages, value_stages, visible, modules, num_stages - 1)
+    modules, owners = _owners(trace, root, op_stages, parameters)
+    visible = _visible_calls(trace, owners)
+    transfers, times = _transfers(trace, op_stages, value_stages, visible, owners, num_stages - 1)
 
     # A stage is done after its last own call and the last value that it sends.
     latest: list[tuple[int, Event | None]] = [(-1, None)] * num_stages
     for index, call in enumerate(trace.calls):
-        if index in visible and (owner := modules[call.path]) is not None and call.ops:
-            latest[owner] = max(latest[owner], (call.end, Event(call.path, call.occurrence, "out")), key=lambda x: x[0])
+        if index in visible and (owner := owners[index]) is not None and call.ops:
+            last_event = Event(call.path, visible[index], "out")
+            latest[owner] = max(latest[owner], (call.end, last_event), key=lambda x: x[0])
     for transfer, time in zip(transfers, times):
         latest[transfer.source] = max(latest[transfer.source], (time, transfer.event), key=lambda x: x[0])
     last_events = [event for _, event in latest[:-1]] + [None]
-    entered = {-1} | {i for i in visible if modules[trace.calls[i].path] is None}
+    entered = {-1} | {i for i in visible if owners[i] is None}
     runs_on = {
         k
         for k, (end, _) in enumerate(latest[:-1])
@@ -270,41 +293,65 @@ def _lay_out(
 
     summaries = []
     for k in range(num_stages):
-        own = [trace.calls[i].path for i in sorted(visible) if modules[trace.calls[i].path] == k and trace.calls[i].ops]
-        own = own or [name for name, owner in parameters.items() if owner == k] or ["-"]
+        own = [trace.calls[i].path for i in sorted(visible) if owners[i] == k and trace.calls[i].ops]
+        own = own or [name for name, stages in parameters.items() if k in stages] or ["-"]
         summaries.append(
             StageSummary(
                 own[0],
                 own[-1],
                 costs[k],
-                sum(trace.parameters[name].numel for name, owner in parameters.items() if owner == k),
+                sum(trace.parameters[name].numel for name, stages in parameters.items() if k in stages),
                 sum(t.nbytes for t in transfers if t.source == k),
             )
         )
     paths = {trace.calls[i].path for i in visible}
-    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on)
+    calls = {
+        (path, occurrence): owners[index]
+        for index, occurrence in visible.items()
+        if owners[index] != modules[path := trace.calls[index].path]
+    }
+    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on, calls)
 
 
-def _module_stages(
-    trace: Trace, root: nn.Module, op_stages: list[int], parameters: dict[str, int]
-) -> dict[str, int | None]:
-    seen: dict[str, set[int]] = {}
-    for call in trace.calls:
-        seen.setdefault(call.path, set()).update(op_stages[op] for op in call.ops)
+def _owners(
+    trace: Trace, root: nn.Module, op_stages: list[int], parameters: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, int | None], list[int | None]]:
+    """The stage of each module and of each call."""
     names = {id(p): name for name, p in root.named_parameters()}
-    modules: dict[str, int | None] = {}
-    for path, module in root.named_modules():
-        stages = set(seen.get(path, ())) | {parameters[names[id(p)]] for p in module.parameters()}
-        modules[path] = stages.pop() if len(stages) == 1 else None
-    return modules
+    own: dict[str, list[tuple[int, ...]]] = {
+        path: [parameters[names[id(p)]] for p in module.parameters()] for path, module in root.named_modules()
+    }
+    ran: dict[str, set[int]] = {}
+    for call in trace.calls:
+        ran.setdefault(call.path, set()).update(op_stages[op] for op in call.ops)
+
+    def together(stages: set[int]) -> int | None:
+        return stages.pop() if len(stages) == 1 else None
+
+    modules = {
+        path: together(ran.get(path, set()) | {stages[0] for stages in of_parameters})
+        for path, of_parameters in own.items()
+    }
+    owners: list[int | None] = []
+    first: dict[str, int | None] = {}
+    for call in trace.calls:
+        if all(len(stages) == 1 for stages in own[call.path]):
+            owners.append(modules[call.path])
+        else:
+            single = {stages[0] for stages in own[call.path] if len(stages) == 1}
+            owners.append(together({op_stages[op] for op in call.ops} | single))
+            first.setdefault(call.path, owners[-1])
+    return modules | first, owners
 
 
-def _visible_calls(trace: Trace, modules: dict[str, int | None]) -> set[int]:
-    """Calls that every stage sees, because every call around them is entered."""
-    visible: set[int] = set()
+def _visible_calls(trace: Trace, owners: list[int | None]) -> dict[int, int]:
+    """Calls that every stage sees, because every call around them is entered, and how many of the same come before."""
+    visible: dict[int, int] = {}
+    counts: Counter[str] = Counter()
     for index, call in enumerate(trace.calls):
-        if call.parent < 0 or (call.parent in visible and modules[trace.calls[call.parent].path] is None):
-            visible.add(index)
+        if call.parent < 0 or (call.parent in visible and owners[call.parent] is None):
+            visible[index] = counts[call.path]
+            counts[call.path] += 1
     return visible
 
 
@@ -312,8 +359,8 @@ def _transfers(
     trace: Trace,
     op_stages: list[int],
     value_stages: list[int],
-    visible: set[int],
-    modules: dict[str, int | None],
+    visible: dict[int, int],
+    owners: list[int | None],
     last: int,
 ) -> tuple[list[Transfer], list[int]]:
     first_use: dict[int, dict[int, float]] = {}  # stage -> value -> time
@@ -328,7 +375,7 @@ def _transfers(
             trace,
             uses,
             lambda v, target=target: value_stages[v] != target,  # type: ignore[misc]
-            lambda call: call < 0 or (call in visible and modules[trace.calls[call].path] is None),
+            lambda call: call < 0 or (call in visible and owners[call] is None),
             {v: time for v, time in trace.wanted.items() if value_stages[v] < last} if target == last else {},
         )
         if obstacle is not None:
@@ -340,7 +387,7 @@ def _transfers(
             )
         for v, seen in appearances.items():
             call, value = trace.calls[seen.call], trace.values[v]
-            event = Event(call.path, call.occurrence, seen.kind)
+            event = Event(call.path, visible[seen.call], seen.kind)
             transfer = Transfer(value_stages[v], target, event, seen.leaf, value.nbytes)
             found.append((seen.time, transfer))
     found.sort(key=lambda item: (item[0], item[1].target))

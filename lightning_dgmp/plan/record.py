@@ -59,16 +59,17 @@ class Op:
 
 @dataclass
 class Call:
-    """A call of a module: ``occurrence`` counts the calls of the same module in one step.
+    """A call of a module.
 
-    ``is_hooked`` says that the module has backward hooks, and so has to be on one stage.
+    ``is_hooked`` says that the module has backward hooks, and so has to be on one stage; ``has_state`` that the call
+    changed buffers, which is why all calls of the module have to be.
     """
 
     path: str
-    occurrence: int
     parent: int
     start: int
     is_hooked: bool = False
+    has_state: bool = False
     end: int = -1
     ops: list[int] = field(default_factory=list)  # those inside, at any depth
 

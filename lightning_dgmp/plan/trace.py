@@ -9,7 +9,6 @@ import contextlib
 import sys
 import traceback
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
@@ -98,6 +97,7 @@ class _Tracer(GhostMode):
             }
         )
         self._name_of = {id(ghost): name for name, ghost in self.ghosts.items()}
+        self._views: list[list[Ghost]] = []  # of parameters, which count as these; held, so that no other has their id
         self._name_of_storage = {ghost.storage_id: name for name, ghost in self.ghosts.items()}
         self._root, self._toggles, self._kept = root, _Toggles(root), _Kept(root)
         for ghost in self.ghosts.values():
@@ -108,7 +108,6 @@ class _Tracer(GhostMode):
         self._hooked = {module for module in root.modules() if has_backward_hooks(module)}
         self._open: list[int] = []
         self._open_modules: list[nn.Module] = []
-        self._occurrences: Counter[str] = Counter()
         self._time = self._functions_open = 0
         self._values: list[weakref.ref[Ghost]] = []
         self._checkpoints = _Checkpoints()
@@ -122,14 +121,15 @@ class _Tracer(GhostMode):
         self._toggles.look()
         self._look_at_attributes()
         parent = self._open[-1] if self._open else -1
-        trace.calls.append(Call(path, self._occurrences[path], parent, self._tick(), module in self._hooked))
-        self._occurrences[path] += 1
+        trace.calls.append(Call(path, parent, self._tick(), module in self._hooked))
         self._note((args, kwargs), index, "arg")
         if isinstance(module, self.readers) and (read := tensors_in((args, kwargs), Ghost)):
             raise GhostRead(read[0], f"{type(module).__name__} `{path}`")
         self._open.append(index)
         self._open_modules.append(module)
+        buffers = marks(list(module._buffers.values()))
         out = call(*args, **kwargs)
+        trace.calls[index].has_state = not is_same(buffers, list(module._buffers.values()))
         self._look_at_attributes()
         self._open.pop()
         self._open_modules.pop()
@@ -182,6 +182,12 @@ class _Tracer(GhostMode):
     def observe(
         self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None, result: Result
     ) -> None:
+        names = {self._name_of.get(id(ghost)) for ghost in inputs}
+        is_view = changed is None and all(ghost.storage_id == inputs[0].storage_id for ghost in outputs)
+        if is_view and len(names) == 1 and (parameter := names.pop()) is not None:
+            self._name_of.update({id(ghost): parameter for ghost in outputs})
+            self._views.append(outputs)
+            return
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)

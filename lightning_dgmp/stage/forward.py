@@ -87,7 +87,7 @@ class Forward:
         self.at(Event(path, occurrence, "arg"), (args, kwargs))
         if self.done and self.stage not in self.plan.runs_on:
             raise StepDone
-        owner = self.plan.modules.get(path)
+        owner = self.plan.owner(path, occurrence)
         if owner is None or owner == self.stage:
             realise = realised if owner == self.stage else self.skips.realised  # what is of the batch may wait
             args, kwargs = realise(args), realise(kwargs)

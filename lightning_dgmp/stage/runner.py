@@ -21,6 +21,7 @@ from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
 from lightning_dgmp.stage.notes import StageNotes
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
+from lightning_dgmp.stage.shared import SharedParameters
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
@@ -80,7 +81,6 @@ class StageRunner:
         self.is_last = stage == plan.num_stages - 1
         self.own = {name: p for name, p in slots.parameters.items() if stage in plan.stage_of(name)}
         ghosts = GhostMode()
-        self._skips = Skips(root, ghosts)
         #: What stands for the loss on a stage that does not have it.
         self.absent_loss = ghosts.like(torch.zeros(()), _OF_THE_LAST, False, device)
         self._others = {
@@ -89,6 +89,12 @@ class StageRunner:
             for owner in plan.stage_of(name)
             if name not in self.own
         }
+        hidden = {
+            name: ghosts.like(p, f"the shared parameter `{name}`", False, device, plan.stage_of(name)[0])
+            for name, p in self.own.items()
+            if name in plan.shared
+        }
+        self._skips = Skips(root, ghosts, partial(slots.holding, hidden) if hidden else nullcontext)
         self._wiring = Wiring(plan, stage)
         #: The modules whose calls must come here: not those inside of what this stage runs as a whole.
         self.watched = {path for path, owner in plan.modules.items() if owner != stage or path in plan.visible}
@@ -100,6 +106,7 @@ class StageRunner:
         self._is_backward = False
         self.notes: StageNotes | None = None  # if norms are to ride along
         self.averaging: Averaging | None = None  # if there are several replicas
+        self.shared: SharedParameters | None = None  # if parameters live on several stages, and are trained
         self.agree: Callable[[Wish], Wish] = lambda wishes: wishes  # of the first stages of all replicas
 
     # ----- the two halves of an iteration
@@ -139,6 +146,8 @@ class StageRunner:
             record.received.clear()
         self.num_forwards += 1
         self.in_flight.append(record)
+        if self.shared is not None:
+            self.shared.iterate()
         return result
 
     def evaluate(self, step: Callable[[], Any]) -> Any:
@@ -212,11 +221,14 @@ class StageRunner:
                 of_loss() if self.is_last else self._backward_from_errors(record)
             finally:
                 self._is_backward = False
+        contributed = {} if self.shared is None else self.shared.take()
         if is_step:
             self.note_norm()
         for source, count in self._wiring.sources.items():
             errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
             errors = [None if error is None else self._narrow(error) for error in errors]
+            if self.shared is not None:
+                errors += self.shared.contributions(contributed, source)
             wishes = Wish(0)
             if source == self.stage - 1:  # one way for each, or it would be granted twice
                 wishes, self._wishes = self._wishes, wishes
@@ -237,6 +249,10 @@ class StageRunner:
                 if root is not None and error is not None and root.requires_grad:
                     roots.append(root)
                     errors.append(error.to(root.dtype))
+            if self.shared is not None:
+                for root, error in self.shared.roots(target, message.tensors[count:]):
+                    roots.append(root)
+                    errors.append(error)
         if self.averaging is not None:
             roots = self.averaging.roots(*roots)
             errors.append(torch.zeros_like(roots[-1]))
@@ -259,8 +275,8 @@ class StageRunner:
 
     @property
     def num_in_flight(self) -> int:
-        """How many batches have had no backward yet."""
-        return len(self.in_flight)
+        """How many batches have had no backward yet, here or where the gradients of copies come from."""
+        return max(len(self.in_flight), 0 if self.shared is None else self.shared.num_in_flight)
 
     def drain(self, is_open: bool, is_step: bool) -> None:
         """One iteration of the flush.
@@ -269,6 +285,8 @@ class StageRunner:
             is_open: Whether the present gradients wait for a step.
             is_step: Whether one follows.
         """
+        if self.shared is not None:
+            self.shared.drain()
         if self.in_flight:
             self.backward(_no_loss, is_step)
         elif is_step and is_open:  # without a backward that would reduce what has added up
@@ -320,6 +338,8 @@ class StageRunner:
             self.transport.send(ERRORS, source, Message(self.num_forwards, 0, [], flush=True))
         for target in self._wiring.targets:
             self.transport.receive(ERRORS, target, self.num_forwards, flush=True)
+        if self.shared is not None:
+            self.shared.check()
 
     # ----- inside a step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Container, Iterator, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,10 +34,13 @@ class Skips:
     Args:
         root: The module whose submodules are skipped.
         mode: The family of the ghosts.
+        hiding: A context in which parameters that are here too are ghosts.
     """
 
-    def __init__(self, root: nn.Module, mode: GhostMode) -> None:
-        self._root, self._mode = root, mode
+    def __init__(
+        self, root: nn.Module, mode: GhostMode, hiding: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._root, self._mode, self._hiding = root, mode, hiding
         self._templates: dict[Any, _Template] = {}
         self._settings: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
 
@@ -61,7 +65,7 @@ class Skips:
         self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
         self._mode.draws_noise = self._mode.has_read_values = False  # what happens inside of the module is its owner's
         try:
-            with alone(), no_backward_hooks(module), noting_reads(self._mode):
+            with alone(), no_backward_hooks(module), noting_reads(self._mode), self._hiding():
                 out = call(*args, **kwargs)
             kept = {
                 key: _copied(value)

@@ -16,7 +16,7 @@ from lightning_dgmp.stage.virtual import GradientQueues
 def test_queues_follow_the_schedule(num_stages: int, num_batches: int) -> None:
     parameters = [nn.Parameter(torch.zeros(())) for _ in range(num_stages)]
     delays = delays_of(num_stages)
-    stages = {str(k): k for k in range(num_stages)}
+    stages = {str(k): (k,) for k in range(num_stages)}
     plan = Plan(stages, {}, set(), [], [None] * num_stages, [StageSummary("", "", 0.0, 0, 0)] * num_stages)
     queues = GradientQueues({str(k): p for k, p in enumerate(parameters)}, plan)
     seen: list[list[int]] = [[] for _ in parameters]
