@@ -44,6 +44,7 @@ from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
+from lightning_dgmp.stage.sides import Sides
 from lightning_dgmp.stage.virtual import GradientQueues, VirtualStages
 from lightning_dgmp.support import check_optimizers, check_supported
 
@@ -69,6 +70,11 @@ class DelayedMPStrategy(EvaluatingStrategy):
         backward: What a stage keeps of a batch until its backward: ``"stash"`` the graph; ``"recompute"`` the inputs
             and the weights, with the same result for less memory and one more forward; ``"replay"`` the inputs alone,
             and the backward uses the weights of that time (Features Replay, Huo et al., NeurIPS 2018).
+        tied: What happens to a parameter that several stages use, as the matrix of tied embeddings. ``"aligned"``: the
+            contributions of all of them for the same batch are added, and applied everywhere when that of the first is
+            known, so its copies stay equal and nobody waits; ``"ouroboros"``: as in the paper, the mean of what each
+            contributes now, fresh on the last stage and old on the first. That makes the ends of a pipeline wait for
+            each other, so it is for ``virtual=True``.
         virtual: Train on one device with exactly the delays of ``num_stages`` stages.
         message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by
             default as they are, which under autocast is its dtype.
@@ -88,6 +94,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
         *,
         split_at: Sequence[str] | None = None,
         backward: BackwardMode = "stash",
+        tied: Literal["aligned", "ouroboros"] = "aligned",
         virtual: bool = False,
         message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
@@ -97,6 +104,13 @@ class DelayedMPStrategy(EvaluatingStrategy):
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
         if backward not in ("stash", "recompute", "replay"):
             raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
+        if tied not in ("aligned", "ouroboros"):
+            raise ValueError(f"`tied` must be 'aligned' or 'ouroboros', but is {tied!r}.")
+        if tied == "ouroboros" and not virtual:
+            raise ValueError(
+                "`tied='ouroboros'` makes the first stage and the last wait for each other in every batch, so it needs"
+                " `virtual=True`. Use `tied='aligned'` for processes."
+            )
         if message_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"`message_dtype` must be float32, bfloat16, float16 or None, but is {message_dtype}.")
         if virtual and message_dtype is not None:
@@ -104,6 +118,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
         self._message_dtype = message_dtype
         self._split_at = None if split_at is None else list(split_at)
         self._backward: BackwardMode = backward
+        self._tied = tied
         self._undo_callbacks: Callable[[], None] = _nothing
         self._undo_scaler: Callable[[], None] = _nothing
         self._reset_pipeline()
@@ -217,10 +232,18 @@ class DelayedMPStrategy(EvaluatingStrategy):
         squares = (self._loaded_squares if is_known else torch.zeros(self.num_stages)).to(self.root_device)
         if self._world is None or self._transport is None:
             copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
-            queues = GradientQueues(ParameterSlots(module).parameters, self._plan, copies)
+            slots = ParameterSlots(module)
+            queues = GradientQueues(slots.parameters, self._plan, copies)
             virtual_scaler = self._exchange_scaler(lambda scaler: VirtualGradScaler(scaler, queues.stages))
             notes = VirtualNotes(squares) if clips_by_norm(module) else None
-            self._virtual_stages = VirtualStages(queues, notes, virtual_scaler)
+            sides = Sides(module, slots, self._plan) if self._tied == "ouroboros" and self._plan.shared else None
+            if sides is not None and (virtual_scaler is not None or self.data_parallel_size > 1):
+                raise MisconfigurationException(
+                    "`tied='ouroboros'` works on one device and without a loss scale, but"
+                    f" `data_parallel_size={self.data_parallel_size}` and `precision="
+                    f"{self.precision_plugin.precision!r}`. Use `tied='aligned'`, or one device and another precision."
+                )
+            self._virtual_stages = VirtualStages(queues, notes, virtual_scaler, sides)
             return
         self._pipeline = Pipeline(
             module,
@@ -292,7 +315,8 @@ class DelayedMPStrategy(EvaluatingStrategy):
                     " `optimizer_step`."
                 )
         if runner is None:
-            return super().training_step(*args, **kwargs)
+            with nullcontext() if self._virtual_stages is None else self._virtual_stages.step():
+                return super().training_step(*args, **kwargs)
         module = self.lightning_module
         assert module is not None
 

@@ -60,6 +60,7 @@ class Cuts:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        self._sources = trace.sources()
         self._uses: list[tuple[_Use, ...]] = [tuple((name, 0) for name in op.parameters) for op in trace.ops]
         while again := self._used_again():
             for name, first in again.items():
@@ -96,13 +97,18 @@ class Cuts:
         heights = [self.op_heights[op] for op in self.trace.calls[call].ops]
         return (min(heights), max(heights)) if heights else (1, 0)
 
+    def first_unit(self, call: int) -> int | None:
+        """The first unit that is used inside ``call``; ``None`` if no parameter is."""
+        uses = (use for op in self.trace.calls[call].ops for use in self._uses[op])
+        return min((self._unit_of[use] for use in uses), default=None)
+
     def _used_again(self) -> dict[str, int]:
         """The parameters that are used after later ones, and the first operation that does so."""
         _, unit_of = _units(self.trace, self._uses)
         heights: list[int] = [0] * len(self.trace.values)
         again: dict[str, int] = {}
         for index, (op, uses) in enumerate(zip(self.trace.ops, self._uses)):
-            inputs = max((heights[v] for v in op.inputs), default=0)
+            inputs = max((heights[v] for v in self._sources[index]), default=0)
             for name, count in uses:
                 if unit_of[name, count] < inputs and count < _MAX_USES:
                     again.setdefault(name, index)
@@ -113,8 +119,8 @@ class Cuts:
 
     def _measure_heights(self) -> None:
         trace, last = self.trace, len(self.units) - 1
-        for op, uses in zip(trace.ops, self._uses):
-            inputs = max((self.value_heights[v] for v in op.inputs), default=0)
+        for op, uses, sources in zip(trace.ops, self._uses, self._sources):
+            inputs = max((self.value_heights[v] for v in sources), default=0)
             for use in uses:
                 for cut in range(self._unit_of[use] + 1, inputs + 1):
                     self.obstacles.setdefault(
@@ -159,13 +165,13 @@ class Cuts:
             if call.is_hooked:
                 where = f"`{call.path or 'the step'}`, whose backward hooks need all of it on one stage"
                 self._forbid(*self.call_span(index), f"it lies in {where}")
-        stateful: dict[str, list[tuple[int, int]]] = {}
+        reached: dict[str, int] = {}  # by calls of modules that change their buffers
         for index, call in enumerate(self.trace.calls):
             if call.has_state and call.ops:
-                stateful.setdefault(call.path, []).append(self.call_span(index))
-        for path, calls in stateful.items():
-            reason = f"it lies between calls of `{path}`, whose buffers are on one stage"
-            self._forbid(min(low for low, _ in calls), max(high for _, high in calls), reason)
+                low, high = self.call_span(index)
+                between = f"it lies between calls of `{call.path}`, which changes its buffers"
+                self._forbid(reached.get(call.path, low), low, between)
+                reached[call.path] = max(high, reached.get(call.path, high))
         spans: dict[int, tuple[int, int]] = {}
         for op, height in zip(self.trace.ops, self.op_heights):
             if op.checkpoint is not None:

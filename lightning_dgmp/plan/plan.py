@@ -208,12 +208,11 @@ def _positions_of(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[s
                 f"`split_at` must name modules that `training_step` calls, but it does not call `{path}`."
                 " Name a module inside it, or the one that contains it."
             )
-        own = [u for u, unit in enumerate(cuts.units) for name in unit.parameters if name.startswith(path + ".")]
-        if not own:
+        position = cuts.first_unit(call)
+        if position is None:
             raise PlanError(
                 f"`split_at` must name modules with parameters, but `{path}` has none. Name the module after it."
             )
-        position = min(own)
         if position == 0:
             raise PlanError(
                 f"`split_at` names `{path}`, but it is the first module with parameters: nothing is before it."
@@ -243,8 +242,8 @@ def make_evaluation_plan(trace: Trace, root: nn.Module, training: Plan) -> Plan:
     last = training.num_stages - 1
     value_stages = [0] * len(trace.values)
     op_stages: list[int] = []
-    for op in trace.ops:
-        stage = last if op.name == "read" else max((value_stages[v] for v in op.inputs), default=0)
+    for op, sources in zip(trace.ops, trace.sources()):
+        stage = last if op.name == "read" else max((value_stages[v] for v in sources), default=0)
         homes = {name: training.stage_of(name) for name in op.parameters}
         stage = max([stage, *(min((k for k in stages if k >= stage), default=stages[-1]) for stages in homes.values())])
         for name, stages in homes.items():

@@ -101,3 +101,19 @@ class Trace:
     changed_frozen: set[str] = field(default_factory=set)
     toggled: list[tuple[str, str]] = field(default_factory=list)
     touched: list[tuple[int, int, int | None]] = field(default_factory=list)
+
+    def sources(self) -> list[tuple[int, ...]]:
+        """For each operation the values that it cannot come before: those that it takes, or else those of its call.
+
+        So what a layer makes of its weights alone happens where the layer is called.
+        """
+        of_calls: dict[int, list[int]] = {-1: []}
+        for v, value in enumerate(self.values):
+            for appearance in value.appearances:
+                if appearance.kind == "arg":
+                    of_calls.setdefault(appearance.call, []).append(v)
+        for index, call in enumerate(self.calls):
+            of_calls.setdefault(index, of_calls[call.parent])
+        return [
+            op.inputs or tuple(v for v in of_calls[op.call] if self.values[v].op < i) for i, op in enumerate(self.ops)
+        ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.precision import VirtualGradScaler
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.notes import VirtualNotes
+from lightning_dgmp.stage.sides import Sides
 
 __all__ = ["GradientQueues", "VirtualStages"]
 
@@ -29,12 +31,21 @@ class VirtualStages:
         queues: The gradients.
         notes: Their norms, if wanted.
         scaler: By what they are scaled, if they are.
+        sides: What tells their parts of shared parameters apart, if these have delays of their own.
     """
 
     def __init__(
-        self, queues: GradientQueues, notes: VirtualNotes | None = None, scaler: VirtualGradScaler | None = None
+        self,
+        queues: GradientQueues,
+        notes: VirtualNotes | None = None,
+        scaler: VirtualGradScaler | None = None,
+        sides: Sides | None = None,
     ) -> None:
-        self._queues, self._notes, self._scaler = queues, notes, scaler
+        self._queues, self._notes, self._scaler, self._sides = queues, notes, scaler, sides
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around a step of the user's code."""
+        return nullcontext() if self._sides is None else self._sides.step()
 
     @property
     def squares(self) -> Tensor | None:
@@ -56,7 +67,8 @@ class VirtualStages:
         self._begin()
         self._queues.set_aside()
         of_loss()
-        self._queues.exchange(None if self._scaler is None else self._scaler.remove_scale())
+        sides = None if self._sides is None else self._sides.take()
+        self._queues.exchange(None if self._scaler is None else self._scaler.remove_scale(), sides)
         self._end(is_step)
 
     @property
@@ -107,7 +119,7 @@ class GradientQueues:
 
     Args:
         parameters: All parameters, by name.
-        plan: The stage of each.
+        plan: The stage of each. A shared one waits with its home.
         copies: Whether gradients must be copied, because the next backward writes to the same place.
     """
 
@@ -117,6 +129,8 @@ class GradientQueues:
         for name, parameter in parameters.items():
             self.stages[plan.stage_of(name)[0]].append(parameter)
         self._waiting: list[deque[tuple[Tensor | None, list[Tensor | None]]]] = [deque() for _ in self._delays]
+        self._shared = {name: (parameters[name], stages) for name, stages in plan.shared.items()}
+        self._waiting_sides: list[deque[dict[str, Tensor]]] = [deque() for _ in self._delays]
         self.scales: list[Tensor | None] = [None] * len(self._delays)  # of what the last iteration has brought
         self._kept: dict[nn.Parameter, Tensor] = {}
         self.had_backward = [False] * len(self._delays)  # which stages, in the last iteration
@@ -136,12 +150,20 @@ class GradientQueues:
         for parameter in self._kept:
             parameter.grad = None
 
-    def exchange(self, scale: Tensor | None = None) -> None:
+    def exchange(self, scale: Tensor | None = None, sides: Mapping[tuple[str, int], Tensor] | None = None) -> None:
         """Put today's gradients in line and let the due ones, or none, be ``.grad``, with what was set aside.
 
         Args:
             scale: By what the loss was scaled, to be known when they are due.
+            sides: What each stage has contributed to those of shared parameters. Then these are not the sums of what
+                stages contribute for one batch, but the means of what is due on each: the rule of Ouroboros (Yang et
+                al., NeurIPS 2019), ``V - lr / 2 (input side's of K - 1 iterations ago + output side's)``.
         """
+        if sides is not None:
+            for parameter, _ in self._shared.values():
+                parameter.grad = None
+            for stage, waiting_sides in enumerate(self._waiting_sides):
+                waiting_sides.append({name: grad for (name, k), grad in sides.items() if k == stage})
         for parameters, waiting in zip(self.stages, self._waiting):
             waiting.append((scale, [None if p.grad is None else self._own(p.grad) for p in parameters]))
         self._take(self._delays)
@@ -168,6 +190,11 @@ class GradientQueues:
             self.scales[stage], due = waiting.popleft() if len(waiting) > delay else nothing
             for parameter, grad in zip(parameters, due):
                 parameter.grad = _sum(self._kept.get(parameter), grad) if parameter.requires_grad else None
+        due_sides = [w.popleft() if len(w) > delay else {} for w, delay in zip(self._waiting_sides, stay)]
+        for name, (parameter, stages) in self._shared.items():
+            for stage in stages if parameter.requires_grad else ():
+                if name in due_sides[stage]:
+                    parameter.grad = _sum(parameter.grad, due_sides[stage][name] / len(stages))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -90,6 +90,8 @@ ACCEPTED = {
     "MinGPT": Case(text.MinGPT, data.tokens, tolerance=ADAM),
     "HandWrittenOutput": Case(text.HandWrittenOutput, data.sentences),
     "HuggingFaceGPT2": Case(text.HuggingFaceGPT2, data.encodings),
+    "TiedGPT2": Case(text.TiedGPT2, data.encodings),
+    "TiedT5": Case(text.TiedT5, data.encodings),
     "HuggingFaceBert": Case(text.HuggingFaceBert, data.sentences),
     "MaskedLM": Case(text.MaskedLM, data.tokens, "val_loss", _deterministic()),
     "Seq2Seq": Case(sequences.Seq2Seq, data.translations),
@@ -128,7 +130,6 @@ REFUSED = {
     "WeightPenaltyBehind": Case(
         patterns.WeightPenaltyBehind, data.vectors, refusal="a result of `abs` in `the step` would cross"
     ),
-    "TiedGPT2": Case(refused.TiedGPT2, data.encodings, refusal="tie_word_embeddings=False"),
     "MeanTeacher": Case(
         refused.MeanTeacher, data.vectors, refusal="may change parameters of its own stage alone", may_work=True
     ),

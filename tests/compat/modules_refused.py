@@ -10,8 +10,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.compat.modules_text import HuggingFaceGPT2
-
 
 def mlp(inputs: int, outputs: int, depth: int = 5) -> nn.Sequential:
     layers = [m for i in range(depth) for m in (nn.Linear(inputs if i == 0 else 8, 8), nn.LeakyReLU(0.2))]
@@ -132,13 +130,6 @@ class GradientPenalty(Classifier):
         loss = F.cross_entropy(logits, y) + 0.1 * ((gradient.norm(2, dim=1) - 1) ** 2).mean()
         self.log("train_loss", loss)
         return loss
-
-
-class TiedGPT2(HuggingFaceGPT2):
-    """`GPT2LMHeadModel` with `tie_word_embeddings=True`."""
-
-    def __init__(self) -> None:
-        super().__init__(tie_word_embeddings=True)
 
 
 class MeanTeacher(LightningModule):

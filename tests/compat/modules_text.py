@@ -219,6 +219,38 @@ class HuggingFaceGPT2(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class TiedGPT2(HuggingFaceGPT2):
+    """`GPT2LMHeadModel` with `tie_word_embeddings=True`."""
+
+    def __init__(self) -> None:
+        super().__init__(tie_word_embeddings=True)
+
+
+class TiedT5(LightningModule):
+    """`T5ForConditionalGeneration`, whose encoder, decoder and output share one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(
+            vocab_size=VOCAB, d_model=12, d_kv=6, d_ff=24, num_layers=3, num_heads=2, dropout_rate=0.0,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        self.model = T5ForConditionalGeneration(config)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
 class HuggingFaceBert(LightningModule):
     """`BertForSequenceClassification` as in Lightning's examples: `outputs[0]`, linear schedule with warm-up."""
 

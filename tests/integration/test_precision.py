@@ -59,6 +59,14 @@ class Overflowing(models.Base):
         self.log("val_loss", self.loss(batch))
 
 
+class SharesAWeight(Overflowing):
+    """The first layer and the last, on two stages, have one weight."""
+
+    def __init__(self, where: int = 0, **kwargs: Any) -> None:
+        super().__init__(where, **kwargs)
+        self.layers[3].weight = self.layers[0].weight
+
+
 SPLITS = {2: ["layers.2"], 3: ["layers.1", "layers.3"], 4: ["layers.1", "layers.2", "layers.3"]}
 
 
@@ -68,13 +76,19 @@ class WithScale(Outcome):
 
 
 def fit_scaled(
-    num_stages: int, virtual: bool = False, where: int = 0, scale: float = 2.0**10, replicas: int = 1, **kwargs: Any
+    num_stages: int,
+    virtual: bool = False,
+    where: int = 0,
+    scale: float = 2.0**10,
+    replicas: int = 1,
+    module: type[Overflowing] = Overflowing,
+    **kwargs: Any,
 ) -> Any:
     plugin = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=scale, growth_interval=GROWTH))
     strategy = {"num_stages": num_stages, "virtual": virtual, "split_at": SPLITS[num_stages]}
     args: dict[str, Any] = {"module_args": {"where": where, "optimizer": "momentum"}, **kwargs}
     devices = replicas * (1 if virtual else num_stages)
-    outcome = fit(Overflowing, models.vectors, strategy, devices, plugins=[plugin], **args)
+    outcome = fit(module, models.vectors, strategy, devices, plugins=[plugin], **args)
     assert type(plugin.scaler) is GradScaler
     state = plugin.scaler.state_dict()
     outcome.scale, outcome.growth_tracker = state["scale"], state["_growth_tracker"]
@@ -167,6 +181,19 @@ def test_processes_scale_as_virtual_stages(
     assert_same(ours[0], expected[0])
     assert all(value.isfinite().all() for value in ours[0].state.values())
     assert ours[0].scale < 2.0**20
+
+
+@pytest.mark.parametrize("where", [0, 1, 2, 3])
+@pytest.mark.parametrize(("num_stages", "replicas"), [(2, 1), (4, 1), (2, 2)])
+def test_a_shared_parameter_is_skipped_with_its_home(
+    pool: WorkerPool, num_stages: int, replicas: int, where: int
+) -> None:
+    args: dict[str, Any] = {"replicas": replicas, "where": where, "module": SharesAWeight, "gradient_clip_val": 0.5}
+    ours = pool.run(fit_scaled, num_stages * replicas, num_stages, **args)
+    expected = pool.run(fit_scaled, replicas, num_stages, True, **args)
+    assert ours[0].stages["layers.0.weight"] == (0, num_stages - 1)
+    assert_same(ours[0], expected[0])
+    assert all(value.isfinite().all() for value in ours[0].state.values())
 
 
 def fit_and_resume(folder: str, num_stages: int, virtual: bool, resumes: bool) -> Any:

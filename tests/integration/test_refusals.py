@@ -115,34 +115,6 @@ def test_split_at_a_module_that_is_never_called(pool: WorkerPool) -> None:
     assert_all_say(results, "modules that `training_step` calls", "does not call `spare`")
 
 
-class Backwards(models.Base):
-    """The same two layers twice: the value after the second would travel back to the first."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def loss(self, batch: Any) -> Tensor:
-        x, y = batch
-        return F.cross_entropy(self.two(self.one(self.two(self.one(x)))), y)
-
-
-def test_a_value_that_would_have_to_travel_back(pool: WorkerPool) -> None:
-    results = failures(pool, 2, Backwards)
-    assert_all_say(results, "`num_stages=2` needs 1 cuts", "`one` is called again", "travel back")
-
-
-class Tied(models.LanguageModel):
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.gpt.head.weight = self.gpt.tok_emb.weight
-
-
-def test_a_parameter_on_two_stages(pool: WorkerPool) -> None:
-    results = failures(pool, 2, Tied, models.ragged_tokens)
-    assert_all_say(results, "`gpt.tok_emb.weight` is used by `gpt.tok_emb` and again by `gpt.head`", "untie")
-
-
 # ----- steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dgmp import DelayedMPStrategy
@@ -128,6 +130,62 @@ def test_a_home_in_the_middle(pool: WorkerPool) -> None:
     expected = pool.run(fit, 1, *MODELS["layers between"], {"num_stages": 3, "virtual": True, **split}, 1, **args)[0]
     assert ours.stages["layer.gain"] == (1, 2)
     assert_equal(ours, expected, tolerance("layers between"))
+
+
+# ----- the rule of the paper
+
+
+def test_the_rule_of_ouroboros(pool: WorkerPool) -> None:
+    """Half of the output side's gradient now, half of the input side's of K - 1 iterations ago."""
+    num_stages, lr = 4, 0.05
+    strategy = {"num_stages": num_stages, "virtual": True, "tied": "ouroboros"}
+    ours = pool.run(fit, 1, *MODELS["tied"], strategy, 1)[0]
+
+    seed_everything(7, verbose=False)
+    module = sharing.Tied(lr=lr)
+    named = dict(module.named_parameters())
+    queues: list[deque[list[torch.Tensor]]] = [deque() for _ in range(num_stages)]
+    matrix = module.gpt.tok_emb.weight
+    own = [[n for n in named if ours.stages[n] == (k,)] for k in range(num_stages)]
+    batches = list(models.ragged_tokens())
+    for t in range(len(batches) + num_stages - 1):
+        if t < len(batches):
+            tokens, output_side = batches[t], matrix.detach().clone().requires_grad_()
+            hidden = module.gpt.drop(module.gpt.tok_emb(tokens[:, :-1]) + module.gpt.pos_emb[:, : tokens.shape[1] - 1])
+            for block in module.gpt.blocks:
+                hidden = block(hidden)
+            logits = module.gpt.ln_f(hidden) @ output_side.T
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            gradients = dict(zip([*named, "output"], torch.autograd.grad(loss, [*named.values(), output_side])))
+            for k, names in enumerate(own):
+                queues[k].append([gradients[n] for n in names])
+            queues[0][-1].append(gradients["gpt.tok_emb.weight"])
+            queues[-1][-1].append(gradients["output"])
+        with torch.no_grad():
+            for k, names in enumerate(own):
+                delay = num_stages - 1 - k if t < len(batches) else 0
+                if len(queues[k]) > delay:
+                    due = queues[k].popleft()
+                    for n, grad in zip(names, due):
+                        named[n] -= lr * grad
+                    if len(due) > len(names):
+                        matrix -= lr / 2 * due[-1]
+
+    for name, p in named.items():
+        torch.testing.assert_close(ours.state[name], p.detach(), rtol=SGD, atol=SGD)
+
+
+def test_the_rule_of_ouroboros_with_arguments_and_outside_of_modules(pool: WorkerPool) -> None:
+    strategy = {"num_stages": 2, "virtual": True, "tied": "ouroboros"}
+    pool.run(fit, 1, *MODELS["one bias"], {**strategy, "split_at": ["blocks.2"]}, 1)
+    (failure,) = pool.try_run(fit, 1, *MODELS["by hand"], strategy, 1)
+    assert "`embedding` is used outside of the modules that stages own" in failure.message
+
+
+@pytest.mark.parametrize(("options", "text"), [({"tied": "apart"}, "'aligned' or 'ouroboros'"), ({}, "`virtual=True`")])
+def test_arguments_that_are_wrong(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        DelayedMPStrategy(**{"tied": "ouroboros", **options})
 
 
 # ----- checkpoints and evaluation

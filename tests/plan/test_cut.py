@@ -132,3 +132,55 @@ def test_no_cut_through_a_view_of_what_is_changed_in_place() -> None:
 
     assert cuts_of(Changing(False), (torch.randn(4, 4),)).possible != []
     assert cuts_of(Changing(True), (torch.randn(4, 4),)).possible == []
+
+
+class Normed(nn.Module):
+    def __init__(self, tracks: bool) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8, affine=False, track_running_stats=tracks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+class CalledTwice(nn.Module):
+    def __init__(self, tracks: bool) -> None:
+        super().__init__()
+        self.layer, self.other, self.last = Normed(tracks), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(self.other(self.layer(x))))
+
+
+def test_a_layer_that_is_called_again_may_be_on_two_stages_unless_it_keeps_statistics() -> None:
+    args = (torch.randn(4, 8),)
+    free, bound = cuts_of(CalledTwice(False), args), cuts_of(CalledTwice(True), args)
+    assert [unit.parameters for unit in free.units] == [
+        ("layer.linear.weight", "layer.linear.bias"),
+        ("other.weight", "other.bias"),
+        ("layer.linear.weight", "layer.linear.bias"),
+        ("last.weight", "last.bias"),
+    ]
+    assert free.possible == [1, 2, 3]
+    assert bound.possible == [3]
+    assert "calls of `layer.norm`, which changes its buffers" in bound.obstacles[1]
+    assert free.units_of["layer.linear.weight"] == [0, 2]
+    assert free.nbytes[1] - bound.nbytes[3] == 2 * (8 * 8 + 8) * 4
+
+
+def test_too_many_uses_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_dgmp.plan.cut._MAX_USES", 3)
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(10):
+                x = self.two(self.one(x))
+            return x
+
+    cuts = cuts_of(Loop(), (torch.randn(4, 8),))
+    assert len(cuts.units) == 8
+    assert "`one.weight` is used again and again, more than 3 times" in " ".join(cuts.obstacles.values())
