@@ -41,6 +41,8 @@ from lightning_dgmp.pipeline import Interception, Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
+from lightning_dgmp.remedies import Moment, Remedies, Updates
+from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
@@ -76,6 +78,11 @@ class DelayedMPStrategy(EvaluatingStrategy):
             contributes now, fresh on the last stage and old on the first. That makes the ends of a pipeline wait for
             each other, so it is for ``virtual=True``.
         virtual: Train on one device with exactly the delays of ``num_stages`` stages.
+        predict_weights: Run forwards with the weights that gradients are expected to meet, by the optimizer's momentum.
+        lr_discount_steps: For so many steps a gradient that is ``d`` updates old changes its parameters by less, at
+            first by ``1 / d`` (PipeMare).
+        correct_updates: Twice the update less the one before it, where gradients are old (one-step correction).
+        synchronous_steps: So many steps without delays come first: stages wait for each other.
         message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by
             default as they are, which under autocast is its dtype.
         save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
@@ -96,6 +103,10 @@ class DelayedMPStrategy(EvaluatingStrategy):
         backward: BackwardMode = "stash",
         tied: Literal["aligned", "ouroboros"] = "aligned",
         virtual: bool = False,
+        predict_weights: bool = False,
+        lr_discount_steps: int = 0,
+        correct_updates: bool = False,
+        synchronous_steps: int = 0,
         message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
         timeout: timedelta | None = default_pg_timeout,
@@ -115,6 +126,13 @@ class DelayedMPStrategy(EvaluatingStrategy):
             raise ValueError(f"`message_dtype` must be float32, bfloat16, float16 or None, but is {message_dtype}.")
         if virtual and message_dtype is not None:
             raise ValueError("`virtual=True` sends no messages, so `message_dtype` must be None.")
+        self._remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
+        if predict_weights and (backward == "replay" or tied == "ouroboros"):
+            other = "backward='replay'" if backward == "replay" else "tied='ouroboros'"
+            raise ValueError(
+                f"`predict_weights=True` gives a batch one version of the weights, but `{other}` uses several. Use one"
+                " of them."
+            )
         self._message_dtype = message_dtype
         self._split_at = None if split_at is None else list(split_at)
         self._backward: BackwardMode = backward
@@ -127,6 +145,8 @@ class DelayedMPStrategy(EvaluatingStrategy):
         self._plan: Plan | None = None
         self._pipeline = None
         self._virtual_stages: VirtualStages | None = None
+        self._updates: Updates | None = None
+        self._is_synchronous = False
         self._evaluation = None
         self._seed = 0
         self._num_steps = 0
@@ -211,6 +231,8 @@ class DelayedMPStrategy(EvaluatingStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._num_steps = 0
+        assert self.lightning_module is not None
+        self._is_synchronous = self.lightning_module.global_step < self._remedies.synchronous_steps
         if self.num_stages > 1 and self._plan is None:
             self._begin_training(batch, batch_idx)
 
@@ -243,7 +265,9 @@ class DelayedMPStrategy(EvaluatingStrategy):
                     f" `data_parallel_size={self.data_parallel_size}` and `precision="
                     f"{self.precision_plugin.precision!r}`. Use `tied='aligned'`, or one device and another precision."
                 )
-            self._virtual_stages = VirtualStages(queues, notes, virtual_scaler, sides)
+            self._virtual_stages = VirtualStages(
+                queues, notes, virtual_scaler, sides, slots, self._watch_updates(slots)
+            )
             return
         self._pipeline = Pipeline(
             module,
@@ -259,6 +283,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
             message_dtype=self._message_dtype,
         )
         runner = self._pipeline.runner
+        runner.updates = self._watch_updates(runner.slots)
         copies = [] if runner.shared is None else list(runner.shared.copies.values())
         scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last, copies))
         if clips_by_norm(module) or scaler is not None:
@@ -270,6 +295,22 @@ class DelayedMPStrategy(EvaluatingStrategy):
             self._pipeline.average(group, self.wrap_in_ddp, wait, broadcasts_buffers, self.agree_on_wishes)
         self._interception.use(runner)
         self._evaluation = None  # what was planned with the whole model
+
+    def _watch_updates(self, slots: ParameterSlots) -> Updates | None:
+        """Let the remedies work that concern updates."""
+        if not self._remedies.concern_updates:
+            return None
+        delays = delays_of(self.num_stages)
+        by_parameter = {p: delays[self.plan.stage_of(name)[0]] for name, p in slots.parameters.items()}
+        optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
+        self._updates = Updates(self._remedies, optimizers, by_parameter, self._now)
+        return self._updates
+
+    def _now(self) -> Moment:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        accumulate = trainer.accumulate_grad_batches
+        return Moment(trainer.global_step, accumulate, trainer.fit_loop.batch_idx % accumulate, self._is_synchronous)
 
     def _exchange_scaler(self, make: Callable[[GradScaler], _Scaler]) -> _Scaler | None:
         """Let the precision plugin, if it scales losses, use what ``make`` makes of its scaler, until the end."""
@@ -314,11 +355,13 @@ class DelayedMPStrategy(EvaluatingStrategy):
                     " called again for the same batch. Use a first-order optimizer, and call the closure once in"
                     " `optimizer_step`."
                 )
-        if runner is None:
-            with nullcontext() if self._virtual_stages is None else self._virtual_stages.step():
-                return super().training_step(*args, **kwargs)
         module = self.lightning_module
         assert module is not None
+        if runner is None:
+            stages = self._virtual_stages
+            with nullcontext() if stages is None else stages.step(self._is_synchronous):
+                return super().training_step(*args, **kwargs)
+        runner.is_synchronous = self._is_synchronous
 
         def step() -> Any:
             again = runner.num_forwards > number
@@ -413,7 +456,8 @@ class DelayedMPStrategy(EvaluatingStrategy):
         """
         stages = self._stages
         if stages is not None and stages.begin_flush():
-            flush_batches(self, stages)
+            if not self._is_synchronous:  # or nothing is in flight
+                flush_batches(self, stages)
             stages.end_flush()
 
     @contextmanager
@@ -432,6 +476,9 @@ class DelayedMPStrategy(EvaluatingStrategy):
         if self._pipeline is not None:
             self._pipeline.close()
             self._interception.use(None)
+        if self._updates is not None:
+            self._updates.close()
+            self._updates = None
         if self._feed is not None:
             self._feed.settle()
 

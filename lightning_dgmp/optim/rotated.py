@@ -122,7 +122,7 @@ class RotatedAdamW(Optimizer):
 
     def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        if not self.state.get(p):
+        if "step" not in self.state.get(p, ()):
             if not _is_rotated(p, group):
                 self.state[p] = _moments(grad)
             else:

@@ -84,16 +84,20 @@ class VirtualNotes:
     def __init__(self, squares: Tensor) -> None:
         self.squares = self._earlier = squares
         self._told = deque([squares] * len(squares), len(squares))  # with errors, by iteration, the newest last
+        self._is_synchronous = False
 
     def begin(self) -> None:
         """Before an iteration, and before a flush: activations travel."""
         self._earlier = self.squares
 
-    def note(self, gradients: Sequence[Sequence[Tensor]], had_backward: Sequence[bool]) -> None:
+    def note(
+        self, gradients: Sequence[Sequence[Tensor]], had_backward: Sequence[bool], is_synchronous: bool = False
+    ) -> None:
         """Note the norms of each stage's gradients after an iteration; without any, the last one counts.
 
-        Only stages that have run a backward in it have sent errors.
+        Only stages that have run a backward in it have sent errors. In a synchronous one they have arrived in it.
         """
+        self._is_synchronous = is_synchronous
         for stage, own in enumerate(gradients):
             self.squares = _with(self.squares, stage, own)
         have_told = torch.tensor(had_backward, device=self.squares.device)
@@ -101,7 +105,8 @@ class VirtualNotes:
 
     def total_norm(self, stage: int) -> Tensor:
         """The norm of the gradients of all stages, as far as ``stage`` knows."""
-        later = [self._told[stage - j - 1][j : j + 1] for j in range(stage + 1, len(self._earlier))]
+        ages = [0 if self._is_synchronous else j - stage for j in range(stage + 1, len(self._earlier))]
+        later = [self._told[-1 - age][j : j + 1] for j, age in enumerate(ages, stage + 1)]
         return torch.cat((self._earlier[:stage], self.squares[stage : stage + 1], *later)).sum().sqrt()
 
 

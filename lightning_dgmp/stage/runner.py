@@ -17,6 +17,7 @@ from lightning_dgmp.nests import map_tensors, tensors_in
 from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.plan.restore import attributes_of_now
+from lightning_dgmp.remedies import Updates
 from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
 from lightning_dgmp.stage.notes import StageNotes
@@ -69,7 +70,7 @@ class StageRunner:
         first_batch: int = 0,
         message_dtype: torch.dtype | None = None,
     ) -> None:
-        self.root, self.slots, self.plan, self.stage, self.delay = root, slots, plan, stage, delay
+        self.root, self.slots, self.plan, self.stage, self._delay = root, slots, plan, stage, delay
         self.transport, self.mode, self.seed, self.device = transport, mode, seed, device
         self._message_dtype = message_dtype
         self.in_flight: deque[InFlight] = deque()
@@ -106,10 +107,25 @@ class StageRunner:
         self._is_backward = False
         self.notes: StageNotes | None = None  # if norms are to ride along
         self.averaging: Averaging | None = None  # if there are several replicas
+        self.updates: Updates | None = None  # if a remedy concerns them
+        self.is_synchronous = False  # whether all stages wait for each other
         self.shared: SharedParameters | None = None  # if parameters live on several stages, and are trained
         self.agree: Callable[[Wish], Wish] = lambda wishes: wishes  # of the first stages of all replicas
 
     # ----- the two halves of an iteration
+
+    @property
+    def delay(self) -> int:
+        """How many batches stay in flight between two iterations."""
+        return 0 if self.is_synchronous else self._delay
+
+    def _weights(self) -> dict[str, Tensor]:
+        """With what a forward runs, apart from the weights of today."""
+        if self.mode == "replay":
+            return {}
+        predicted = {} if self.updates is None else self.updates.predicted(self.own)
+        others = {name: p for name, p in self.own.items() if name not in predicted} if self.delay > 0 else {}
+        return take_snapshot(others) | predicted
 
     def forward(self, step: Callable[[], Any]) -> Any:
         """Run this stage's part of ``step`` on the next batch and keep what its backward needs.
@@ -119,11 +135,7 @@ class StageRunner:
         """
         batch = self.num_forwards
         graph_later = self.mode != "stash" and self.delay > 0
-        if self.delay == 0 or self.mode == "replay":
-            parameters: dict[str, Tensor] = {}
-        else:
-            parameters = take_snapshot(self.own)
-        record = InFlight(batch, step, parameters)
+        record = InFlight(batch, step, self._weights())
         if graph_later:
             record.attributes = attributes_of_now(self.root)
         forward = self._forward_of(record, keeps_inputs=graph_later)
@@ -147,7 +159,7 @@ class StageRunner:
         self.num_forwards += 1
         self.in_flight.append(record)
         if self.shared is not None:
-            self.shared.iterate()
+            self.shared.iterate(self.is_synchronous)
         return result
 
     def evaluate(self, step: Callable[[], Any]) -> Any:
@@ -211,7 +223,7 @@ class StageRunner:
                 with torch.enable_grad(), record.attributes():  # it must read the same, and not count twice
                     self._run(forward)
                 record.received.clear()
-            if self.delay > 0:
+            if record.parameters:
                 # Code that runs modules again in the backward, as activation checkpointing does, must see old weights.
                 stack.enter_context(self.slots.holding(record.parameters))
             if self.averaging is not None:

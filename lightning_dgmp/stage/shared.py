@@ -74,11 +74,11 @@ class SharedParameters:
         """The batches that have had no backward yet on a home of what is here."""
         return max(self._in_flight.values(), default=0)
 
-    def iterate(self) -> None:
+    def iterate(self, is_synchronous: bool) -> None:
         """Count an iteration with a forward."""
         for home, delay in self._delays.items():
             self._in_flight[home] += 1
-            if self._in_flight[home] > delay:
+            if is_synchronous or self._in_flight[home] > delay:
                 self._in_flight[home] -= 1
                 self._open[home] = True
 

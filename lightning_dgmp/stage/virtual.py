@@ -15,8 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.precision import VirtualGradScaler
+from lightning_dgmp.remedies import Updates
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.notes import VirtualNotes
 from lightning_dgmp.stage.sides import Sides
@@ -32,6 +34,8 @@ class VirtualStages:
         notes: Their norms, if wanted.
         scaler: By what they are scaled, if they are.
         sides: What tells their parts of shared parameters apart, if these have delays of their own.
+        slots: The parameters.
+        updates: What foretells the weights of forwards, if a remedy does.
     """
 
     def __init__(
@@ -40,11 +44,22 @@ class VirtualStages:
         notes: VirtualNotes | None = None,
         scaler: VirtualGradScaler | None = None,
         sides: Sides | None = None,
+        slots: ParameterSlots | None = None,
+        updates: Updates | None = None,
     ) -> None:
         self._queues, self._notes, self._scaler, self._sides = queues, notes, scaler, sides
+        self._slots, self._updates = slots, updates
+        self._is_synchronous = self._has_run = False
 
-    def step(self) -> AbstractContextManager[None]:
-        """Around a step of the user's code."""
+    def step(self, is_synchronous: bool) -> AbstractContextManager[None]:
+        """Around a step of the user's code.
+
+        Args:
+            is_synchronous: Whether there is no delay in this iteration.
+        """
+        self._is_synchronous = is_synchronous
+        if self._updates is not None and self._slots is not None:
+            return self._slots.holding(self._updates.predicted(self._slots.parameters))
         return nullcontext() if self._sides is None else self._sides.step()
 
     @property
@@ -68,7 +83,9 @@ class VirtualStages:
         self._queues.set_aside()
         of_loss()
         sides = None if self._sides is None else self._sides.take()
-        self._queues.exchange(None if self._scaler is None else self._scaler.remove_scale(), sides)
+        scale = None if self._scaler is None else self._scaler.remove_scale()
+        self._queues.exchange(scale, sides, self._is_synchronous)
+        self._has_run = True
         self._end(is_step)
 
     @property
@@ -78,9 +95,10 @@ class VirtualStages:
 
     def begin_flush(self) -> bool:
         """Returns whether there is anything to flush."""
-        if self.num_in_flight:
+        has_run, self._has_run = self._has_run, False
+        if has_run:
             self._begin()
-        return bool(self.num_in_flight)
+        return has_run
 
     def drain(self, is_open: bool, is_step: bool) -> None:
         """One iteration of the flush.
@@ -111,7 +129,8 @@ class VirtualStages:
         if self._scaler is not None:
             self._scaler.use(queues.scales)
         if self._notes is not None:
-            self._notes.note(queues.gradients() if is_step else [[]] * len(queues.stages), queues.had_backward)
+            gradients = queues.gradients() if is_step else [[]] * len(queues.stages)
+            self._notes.note(gradients, queues.had_backward, self._is_synchronous)
 
 
 class GradientQueues:
@@ -150,7 +169,12 @@ class GradientQueues:
         for parameter in self._kept:
             parameter.grad = None
 
-    def exchange(self, scale: Tensor | None = None, sides: Mapping[tuple[str, int], Tensor] | None = None) -> None:
+    def exchange(
+        self,
+        scale: Tensor | None = None,
+        sides: Mapping[tuple[str, int], Tensor] | None = None,
+        is_synchronous: bool = False,
+    ) -> None:
         """Put today's gradients in line and let the due ones, or none, be ``.grad``, with what was set aside.
 
         Args:
@@ -158,6 +182,7 @@ class GradientQueues:
             sides: What each stage has contributed to those of shared parameters. Then these are not the sums of what
                 stages contribute for one batch, but the means of what is due on each: the rule of Ouroboros (Yang et
                 al., NeurIPS 2019), ``V - lr / 2 (input side's of K - 1 iterations ago + output side's)``.
+            is_synchronous: Whether today's are due at once.
         """
         if sides is not None:
             for parameter, _ in self._shared.values():
@@ -166,7 +191,7 @@ class GradientQueues:
                 waiting_sides.append({name: grad for (name, k), grad in sides.items() if k == stage})
         for parameters, waiting in zip(self.stages, self._waiting):
             waiting.append((scale, [None if p.grad is None else self._own(p.grad) for p in parameters]))
-        self._take(self._delays)
+        self._take([0] * len(self._delays) if is_synchronous else self._delays)
 
     def drain(self, is_open: bool) -> None:
         """Let the oldest waiting gradients, or none, be ``.grad``: one iteration of the flush.
