@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_dgmp.ghost import GhostError
+
 __all__ = [
     "CallHandler",
     "ParameterSlots",
@@ -124,7 +126,14 @@ class ParameterSlots:
     @contextmanager
     def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Let ``tensors[name]`` stand in the places of the parameter ``name`` meanwhile; the others stay."""
-        places = [(entries, name, entries[name], full) for entries, name, _, full in self._places if full in tensors]
+        wanted = [place for place in self._places if place[3] in tensors]
+        for entries, name, _, full_name in wanted:
+            if name not in entries:
+                raise GhostError(
+                    f"The parameters of modules must stay the same during training, but `{full_name}` is not there any"
+                    " more, as after pruning or reparametrization in a hook. Do it before `fit`."
+                )
+        places = [(entries, name, entries[name], full_name) for entries, name, _, full_name in wanted]
         before = [module._flat_weights for module, _ in self._flat]
         for entries, name, _, full_name in places:
             entries[name] = tensors[full_name]

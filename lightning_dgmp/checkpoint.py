@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.host import MisconfigurationException
 from lightning_dgmp.plan.plan import Plan
-from lightning_dgmp.stage.snapshot import drop_storage, restore_storage
+from lightning_dgmp.stage.shadow import Shadow, cast_shadow, restore
 from lightning_dgmp.world import World
 
 __all__ = ["OptimizerShards", "WeightShards"]
@@ -51,7 +51,7 @@ class WeightShards:
     def disperse(self) -> None:
         """Keep the values of this stage alone; the other parameters become shadows."""
         for name in self._foreign:
-            drop_storage(self._parameters[name])
+            cast_shadow(self._parameters[name], f"`{name}` of stage {self._owners[name]}")
 
     def own_state_dict(self) -> dict[str, Any]:
         """The part of the module's ``state_dict()`` that this stage owns."""
@@ -74,8 +74,8 @@ class WeightShards:
     def assemble(self) -> None:
         """Give every process all values. All stages must call it."""
         for name, parameter in self._parameters.items():
-            if name in self._foreign:
-                restore_storage(parameter)
+            if isinstance(parameter, Shadow):
+                restore(parameter)
             self._broadcast(parameter.data, self._owners[name])
         for stage in range(len(self._ranks)):
             self._share_buffers(stage)

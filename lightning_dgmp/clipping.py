@@ -1,4 +1,8 @@
-"""Clipping by the norm of all gradients, of which a process has those of its stage alone."""
+"""Clipping by the norm of all gradients, of which a process has those of its stage alone.
+
+``torch.nn.utils.clip_grad_norm_``, which Lightning calls and users may under any name, measures and scales by two
+private functions of its module, which are exchanged meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +10,86 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 
 from lightning_dgmp.host import LightningModule, MisconfigurationException, is_overridden
 
-__all__ = ["after_clipping", "clipping_by_total_norm", "clips_by_norm"]
+__all__ = ["after_clipping", "clipping_by_total_norm", "clips_by_norm", "no_clipping_by_norm", "updated_by"]
+
+#: The parameters of a stage that the optimizer updates, and what tells the norm of all gradients.
+Part = tuple[Sequence[nn.Parameter], Callable[[], Tensor]]
 
 
 def clips_by_norm(module: LightningModule) -> bool:
     """Whether gradients are, or may be, clipped by norm."""
     trainer = module.trainer
     by_norm = str(trainer.gradient_clip_algorithm or "norm").lower().endswith("norm")
-    return bool(trainer.gradient_clip_val and by_norm) or is_overridden("configure_gradient_clipping", module)
+    hooks = "configure_gradient_clipping", "on_before_optimizer_step"
+    return bool(trainer.gradient_clip_val and by_norm) or any(is_overridden(hook, module) for hook in hooks)
+
+
+def updated_by(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of ``parameters`` that ``optimizers`` update."""
+    updated = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [parameter for parameter in parameters if parameter in updated]
 
 
 @contextmanager
-def clipping_by_total_norm(parts: Sequence[tuple[Sequence[nn.Parameter], Callable[[], Tensor]]]) -> Iterator[None]:
-    """Let ``torch.nn.utils.clip_grad_norm_``, which Lightning calls and users may, take the norm of all stages.
+def clipping_by_total_norm(parts: Sequence[Part]) -> Iterator[None]:
+    """Let ``torch.nn.utils.clip_grad_norm_`` take the norm of all stages.
 
     Args:
-        parts: For each stage of this process its parameters, and what tells the norm of all gradients.
+        parts: For each stage of this process; none: the norm is not known.
     """
-    original = torch.nn.utils.clip_grad_norm_
+    norms: list[Tensor] = []
 
-    def clip_grad_norm_(
-        parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any
+    def get_total_norm(
+        tensors: Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, *args: Any
     ) -> Tensor:
-        given = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
+        given = {id(grad) for grad in tensors}
+        if not parts:
+            raise MisconfigurationException(
+                "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other if they know"
+                " that it is wanted. Clip by `Trainer(gradient_clip_val=...)`, or in the LightningModule's hook"
+                " `configure_gradient_clipping`."
+            )
         if norm_type != 2.0:
             raise MisconfigurationException(
                 "`strategy='delayed_mp'` clips by the 2-norm of all gradients, or by value, but `norm_type="
                 f"{norm_type}`. Use `norm_type=2`."
             )
-        norm = torch.zeros(())
         for own, total_norm in parts:
-            trained = [p for p in own if p.grad is not None]
-            if not all(id(p) in given for p in trained):
+            if not all(id(p.grad) in given for p in own if p.grad is not None):
                 raise MisconfigurationException(
                     "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other, but"
                     " `clip_grad_norm_` was called for some of the parameters. Pass it all that have gradients, as"
                     " `self.parameters()`."
                 )
-            norm = total_norm()
-            torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-        return norm
+            norms.append(total_norm())
+            if error_if_nonfinite and not norms[-1].isfinite():
+                raise RuntimeError("The norm of all gradients is not finite, so they cannot be clipped.")
+        return norms[-1]
 
-    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_  # type: ignore[assignment]
+    def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any) -> None:
+        if not any(total_norm is norm for norm in norms):
+            scale(parameters, max_norm, total_norm, *args)
+            return
+        for (own, _), norm in zip(parts, norms[-len(parts) :]):
+            scale([p for p in own if p.grad is not None], max_norm, norm, *args)
+
+    measure, scale = clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_
+    clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = get_total_norm, clip_grads_with_norm_  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.nn.utils.clip_grad_norm_ = original
+        clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = measure, scale
+
+
+def no_clipping_by_norm() -> Any:
+    """A context in which that is an error, because gradients are not yet what a step is made with."""
+    return clipping_by_total_norm([])
 
 
 @contextmanager

@@ -32,10 +32,16 @@ class Learned:
     Args:
         module: The LightningModule.
         share: ``share(nest, what)`` gives all stages the ``nest`` of the last one.
+        gather: ``gather(item, what)`` gives all stages the ``item`` of each.
     """
 
-    def __init__(self, module: LightningModule, share: Callable[[Any, str], Any]) -> None:
-        self._module, self._share = module, share
+    def __init__(
+        self,
+        module: LightningModule,
+        share: Callable[[Any, str], Any],
+        gather: Callable[[Any, str], list[Any]],
+    ) -> None:
+        self._module, self._share, self._gather = module, share, gather
         self._marks = {key: marks(value) for key, value in self._attributes()}
 
     def share_state(self) -> None:
@@ -47,13 +53,22 @@ class Learned:
     def share_results(self, results: Any = None) -> Any:
         """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
 
-        Of values that a stage has logged itself too the last stage's count.
+        Of values that several stages have logged the last stage's count. What a hook has logged on another one alone,
+        such as the norms of its gradients, all of them get too.
         """
         connector = self._module.trainer._logger_connector
-        mine = connector.callback_metrics, connector.logged_metrics, connector.progress_bar_metrics
+        mine: tuple[Any, ...] = (
+            connector.callback_metrics,
+            connector.logged_metrics,
+            connector.progress_bar_metrics,
+        )
         theirs, results = self._share((mine, results), "the metrics")
+        more = [{key: value for key, value in own.items() if key not in known} for own, known in zip(mine, theirs)]
+        for of_stage in self._gather(more, "the metrics of other stages"):
+            for metrics, values in zip(mine, of_stage):
+                metrics.update(values)
         for metrics, values in zip(mine, theirs):
-            metrics.update(values)  # type: ignore[attr-defined]
+            metrics.update(values)
         return results
 
     def _changes(self) -> _Attributes:

@@ -174,6 +174,8 @@ class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
     @override
     def _on_predict_epoch_end(self) -> Any:
         self._strategy.learned.share_state()
+        if self.return_predictions:
+            self._predictions = self._strategy.share_of_last_stage(self._predictions, "the predictions")
         return super()._on_predict_epoch_end()
 
 

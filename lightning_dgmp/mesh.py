@@ -360,6 +360,10 @@ class MeshStrategy(DDPStrategy):
             return nest
         return self._world.share(nest, what, self._stage_ranks, self._stage_ranks[-1], self.root_device)
 
+    def gather_from_stages(self, item: Any, what: str) -> list[Any]:
+        """Give all stages of the replica the small ``item`` of each."""
+        return [item] if self._world is None else self._world.all_gather(item, what, self._stage_ranks)
+
     def share_of_first_stage(self, item: Any, what: str) -> Any:
         """Give all stages of the replica the small ``item`` of the first one."""
         assert self._world is not None

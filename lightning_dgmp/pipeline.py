@@ -97,6 +97,7 @@ class Pipeline:
         delay = delays_of(plan.num_stages)[stage]
         how = backward, seed, device, first_batch, message_dtype
         self.runner = runner = StageRunner(module, slots, plan, stage, delay, transport, *how)
+        runner.optimizers = optimizers
         if plan.shared:
             runner.shared = SharedParameters(plan, stage, runner.own, transport)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)

@@ -73,7 +73,10 @@ class Replicas:
         return self._world.fget(cls) if self._stand_in is None or is_ours else self._stand_in  # type: ignore[attr-defined]
 
     def _gather_from_replicas(self, result: Tensor, group: Any = None) -> list[Tensor]:
-        return self._gather(result, self.group if group is None or group is c10d.GroupMember.WORLD else group)
+        ranks = set(range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group))
+        replicas = dist.get_process_group_ranks(self.group)  # each as the stage of this process
+        has_other_stages = not ranks <= set(replicas)
+        return self._gather(result, self.group if has_other_stages else group)
 
 
 def alone() -> AbstractContextManager[None]:

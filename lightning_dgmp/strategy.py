@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.clipping import after_clipping, clipping_by_total_norm, clips_by_norm
+from lightning_dgmp.clipping import after_clipping, clipping_by_total_norm, clips_by_norm, no_clipping_by_norm
 from lightning_dgmp.evaluating import EvaluatingStrategy
 from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
@@ -27,7 +27,6 @@ from lightning_dgmp.host import (
     StrategyRegistry,
     Trainer,
     TrainerFn,
-    _augment_message,
     _StrategyRegistry,
     default_pg_timeout,
     is_param_in_hook_signature,
@@ -184,7 +183,8 @@ class DelayedMPStrategy(EvaluatingStrategy):
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
             assert self.lightning_module is not None
-            check_supported(trainer, self.lightning_module, self._virtual, self._backward)
+            module, replicas = self.lightning_module, self.data_parallel_size
+            check_supported(trainer, module, self._virtual, self._backward, replicas)
             self._reset_pipeline()
             if self.data_parallel_size == 1:
                 self._layer_sync = None  # the statistics of a stage are those of its replica
@@ -196,7 +196,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
             self._interception = Interception(self.lightning_module)
             self._share_randomness(trainer)
             install_loops(trainer)
-            self.learned = Learned(self.lightning_module, self.share_of_last_stage)
+            self.learned = Learned(self.lightning_module, self.share_of_last_stage, self.gather_from_stages)
             if self._is_pipeline:
                 assert self._world is not None
                 assert self._feed is not None
@@ -255,7 +255,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
         if self._world is None or self._transport is None:
             copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
             slots = ParameterSlots(module)
-            queues = GradientQueues(slots.parameters, self._plan, copies)
+            queues = GradientQueues(slots.parameters, self._plan, copies, self.optimizers)
             virtual_scaler = self._exchange_scaler(lambda scaler: VirtualGradScaler(scaler, queues.stages))
             notes = VirtualNotes(squares) if clips_by_norm(module) else None
             sides = Sides(module, slots, self._plan) if self._tied == "ouroboros" and self._plan.shared else None
@@ -315,7 +315,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
     def _exchange_scaler(self, make: Callable[[GradScaler], _Scaler]) -> _Scaler | None:
         """Let the precision plugin, if it scales losses, use what ``make`` makes of its scaler, until the end."""
         plugin = self.precision_plugin
-        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not plugin.scaler.is_enabled():
             return None
         self._undo_scaler = partial(_give_back, plugin, plugin.scaler)
         plugin.scaler = scaler = make(plugin.scaler)
@@ -411,7 +411,8 @@ class DelayedMPStrategy(EvaluatingStrategy):
         elif runner is not None and runner.due:
             with self.step_among_replicas(), self.averaging():
                 runner.backward(of_loss, is_step)
-        return self.precision_plugin.post_backward(loss, module)
+        with no_clipping_by_norm():
+            return self.precision_plugin.post_backward(loss, module)
 
     @override
     def optimizer_step(
@@ -446,8 +447,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
 
     def _clipping(self) -> AbstractContextManager[None]:
         """Around a step: clipping by norm takes that of all stages."""
-        parts = [] if self._stages is None else self._stages.parts()
-        return clipping_by_total_norm(parts) if parts else nullcontext()
+        return nullcontext() if self._stages is None else clipping_by_total_norm(self._stages.parts())
 
     def flush(self) -> None:
         """Run the outstanding backwards and steps, without new forwards, until nothing is in flight.
@@ -455,10 +455,17 @@ class DelayedMPStrategy(EvaluatingStrategy):
         The learning rate stays as it is. All stages must call it at the same iteration.
         """
         stages = self._stages
+        if self._pipeline is not None and self._world is None:
+            raise RuntimeError(
+                "Training has failed, so the weights cannot be collected from the stages any more. Go on from the last"
+                " checkpoint."
+            )
         if stages is not None and stages.begin_flush():
             if not self._is_synchronous:  # or nothing is in flight
                 flush_batches(self, stages)
             stages.end_flush()
+            if self.runner is not None and self.runner.averaging is not None:
+                self.runner.averaging.share_buffers()  # before an evaluation, as DDP does, and for what is saved
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -483,18 +490,6 @@ class DelayedMPStrategy(EvaluatingStrategy):
             self._feed.settle()
 
     # ----- the end
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        _augment_message(
-            exception,
-            pattern=".*more than one element of the written-to tensor refers to a single memory location.*",
-            new_message=(
-                "A hook or callback may change parameters of its own stage alone, but it wrote into one of another"
-                " stage. Averages of weights and the like are not supported yet: remove them, or use another strategy."
-            ),
-        )
-        super().on_exception(exception)
 
     @override
     def teardown(self) -> None:

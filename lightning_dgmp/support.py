@@ -46,7 +46,7 @@ def check_devices(
         virtual: Whether a device holds a whole replica.
     """
     for name, value in (("num_stages", num_stages), ("data_parallel_size", data_parallel_size)):
-        if value != "auto" and value < 1:
+        if value != "auto" and (isinstance(value, bool) or value < 1):
             raise MisconfigurationException(f"`{name}` must be at least 1 or 'auto', but is {value}.")
     width = 1 if virtual else max(chosen_stages, 1)
     if data_parallel_size != "auto" and width * data_parallel_size != num_devices:
@@ -63,7 +63,9 @@ def check_devices(
         )
 
 
-def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, backward: str) -> None:
+def check_supported(
+    trainer: Trainer, module: LightningModule, virtual: bool, backward: str, num_replicas: int = 1
+) -> None:
     """Refuse what does not work with delayed gradients (yet)."""
     strategy = "`strategy='delayed_mp'`"
     if not module.automatic_optimization:
@@ -110,6 +112,10 @@ def check_supported(trainer: Trainer, module: LightningModule, virtual: bool, ba
             raise MisconfigurationException(
                 f"{strategy} cannot look into compiled TorchScript, but `{name}` is a `{type(child).__name__}`. Use the"
                 " Python module that it was made from."
+            )
+        if not virtual and num_replicas > 1 and getattr(child, "sparse", False) is True:
+            raise MisconfigurationException(
+                f"{strategy} with several replicas averages dense gradients, but `{name}` has `sparse=True`. Remove it."
             )
         if not virtual and getattr(child, "max_norm", None) is not None:
             raise MisconfigurationException(

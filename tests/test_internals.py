@@ -12,8 +12,10 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.trainer.call import _interrupt
 from torch import nn
+from torch.nn.utils import clip_grad
 
 from lightning_dgmp.loops import (
     _DelayedEpochLoop,
@@ -70,6 +72,19 @@ def test_the_trainer_has_what_is_set() -> None:
     assert trainer._signal_connector.received_sigterm is False
     assert trainer._accelerator_connector.use_distributed_sampler is True
     assert "strategy.on_exception" in inspect.getsource(_interrupt)
+
+
+def test_clipping_by_norm_measures_and_scales_by_functions_of_its_module() -> None:
+    source = inspect.getsource(clip_grad.clip_grad_norm_)
+    assert "_get_total_norm(grads, norm_type, error_if_nonfinite, foreach)" in source
+    assert "_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)" in source
+    assert clip_grad.clip_grad_norm_ is nn.utils.clip_grad_norm_
+
+
+def test_the_clipping_hook_is_called_whether_there_is_clipping_or_not() -> None:
+    source = inspect.getsource(Precision._clip_gradients)
+    assert '"configure_gradient_clipping"' in source
+    assert "self._clip_gradients(" in inspect.getsource(Precision._after_closure)
 
 
 def test_collectives_look_up_the_world() -> None:

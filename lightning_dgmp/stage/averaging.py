@@ -56,7 +56,8 @@ class Averaging:
     def backward(self, reduces: bool) -> Iterator[None]:
         """Around a backward, before which :meth:`roots` must be called; without ``reduces`` gradients only add up."""
         if self._which_are_trained() != self._trained:  # as after finetuning callbacks; batches in flight know nothing
-            self._trained, self._ddp = self._wrapped(find_unused_parameters=True)
+            # The weights are the same everywhere, and what has run its forward needs them untouched.
+            self._trained, self._ddp = self._wrapped(find_unused_parameters=True, init_sync=False)
         with nullcontext() if reduces else self._ddp.no_sync():
             yield
 
@@ -70,7 +71,7 @@ class Averaging:
     def root(self, loss: Tensor) -> Tensor:
         """As :meth:`roots`, with that number in the loss."""
         loss, anchor = self.roots(loss)
-        return loss + anchor.to(loss.dtype).sum()
+        return loss + 0 * anchor.to(loss.dtype).sum()
 
     @torch.no_grad()
     def reduce_kept(self) -> None:

@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.clipping import Part, updated_by
 from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
 from lightning_dgmp.nests import map_tensors, tensors_in
 from lightning_dgmp.operations import GhostMode
@@ -107,6 +109,7 @@ class StageRunner:
         self._is_backward = False
         self.notes: StageNotes | None = None  # if norms are to ride along
         self.averaging: Averaging | None = None  # if there are several replicas
+        self.optimizers: Sequence[Optimizer] = ()
         self.updates: Updates | None = None  # if a remedy concerns them
         self.is_synchronous = False  # whether all stages wait for each other
         self.shared: SharedParameters | None = None  # if parameters live on several stages, and are trained
@@ -280,10 +283,13 @@ class StageRunner:
         """The squared norm of each stage's newest gradient, as far as this one knows, if wanted."""
         return self.notes.squares if self.notes is not None and self.notes.takes_norms else None
 
-    def parts(self) -> list[tuple[Sequence[nn.Parameter], Callable[[], Tensor]]]:
+    def parts(self) -> list[Part]:
         """This stage's parameters, and what tells the norm of all gradients as far as it knows; none: unknown."""
         is_known = self.notes is not None and self.notes.takes_norms
-        return [(list(self.own.values()), self.notes.total_norm)] if is_known and self.notes is not None else []
+        return [(self._updated(), self.notes.total_norm)] if is_known and self.notes is not None else []
+
+    def _updated(self) -> list[nn.Parameter]:
+        return updated_by(self.optimizers, self.own.values())
 
     @property
     def num_in_flight(self) -> int:
@@ -309,7 +315,7 @@ class StageRunner:
     def note_norm(self) -> None:
         """Let the others know the norm of this stage's gradients, with the next messages."""
         if self.notes is not None:
-            self.notes.note(p.grad for p in self.own.values() if p.grad is not None)
+            self.notes.note(p.grad for p in self._updated() if p.grad is not None)
 
     def begin_flush(self) -> bool:
         """Agree with the neighbours that no more forwards come for now.

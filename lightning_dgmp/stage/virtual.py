@@ -14,8 +14,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.clipping import Part, updated_by
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.precision import VirtualGradScaler
 from lightning_dgmp.remedies import Updates
@@ -67,10 +69,11 @@ class VirtualStages:
         """The squared norm of each stage's newest gradient, if wanted."""
         return None if self._notes is None else self._notes.squares
 
-    def parts(self) -> list[tuple[Sequence[nn.Parameter], Callable[[], Tensor]]]:
+    def parts(self) -> list[Part]:
         """The parameters of each stage, and what tells the norm of all gradients as far as it knows; none: unknown."""
         notes = self._notes
-        return [] if notes is None else [(s, partial(notes.total_norm, k)) for k, s in enumerate(self._queues.stages)]
+        stages = self._queues.updated()
+        return [] if notes is None else [(own, partial(notes.total_norm, k)) for k, own in enumerate(stages)]
 
     def iterate(self, of_loss: Callable[[], Any], is_step: bool) -> None:
         """Run the backward of today's batch by ``of_loss``, and let the due gradients be ``.grad``.
@@ -140,10 +143,17 @@ class GradientQueues:
         parameters: All parameters, by name.
         plan: The stage of each. A shared one waits with its home.
         copies: Whether gradients must be copied, because the next backward writes to the same place.
+        optimizers: What updates them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, copies: bool = False) -> None:
-        self._delays, self._copies = delays_of(plan.num_stages), copies
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        plan: Plan,
+        copies: bool = False,
+        optimizers: Sequence[Optimizer] = (),
+    ) -> None:
+        self._delays, self._copies, self._optimizers = delays_of(plan.num_stages), copies, optimizers
         self.stages: list[list[nn.Parameter]] = [[] for _ in self._delays]
         for name, parameter in parameters.items():
             self.stages[plan.stage_of(name)[0]].append(parameter)
@@ -154,9 +164,13 @@ class GradientQueues:
         self._kept: dict[nn.Parameter, Tensor] = {}
         self.had_backward = [False] * len(self._delays)  # which stages, in the last iteration
 
+    def updated(self) -> list[list[nn.Parameter]]:
+        """The parameters that the optimizer updates, for each stage."""
+        return [updated_by(self._optimizers, parameters) for parameters in self.stages]
+
     def gradients(self) -> list[list[Tensor]]:
-        """What is ``.grad`` now, for each stage."""
-        return [[p.grad for p in parameters if p.grad is not None] for parameters in self.stages]
+        """What is their ``.grad`` now."""
+        return [[p.grad for p in parameters if p.grad is not None] for parameters in self.updated()]
 
     @property
     def num_waiting(self) -> int:

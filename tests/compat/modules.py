@@ -131,7 +131,7 @@ REFUSED = {
         patterns.WeightPenaltyBehind, data.vectors, refusal="a result of `abs` in `the step` would cross"
     ),
     "MeanTeacher": Case(
-        refused.MeanTeacher, data.vectors, refusal="may change parameters of its own stage alone", may_work=True
+        refused.MeanTeacher, data.vectors, refusal="of parameters of its own stage alone", may_work=True
     ),
 }
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
+from torch.nn.utils import clip_grad_norm_
 
 from tests import models
 from tests.pool import Failure, WorkerPool
@@ -65,6 +66,63 @@ def test_clipping_by_the_user(pool: WorkerPool, by_torch: bool) -> None:
     args: dict[str, Any] = {"module_args": {"by_torch": by_torch}, "max_epochs": 2}
     expected = pool.run(fit, 1, ClipsByHook, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
     assert_equal(pool.run(fit, 3, ClipsByHook, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+class ClipsInHook(models.MLP):
+    """Clips by a name of its own, in a hook of choice."""
+
+    def __init__(self, hook: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hook = hook
+
+    def clip(self, hook: str) -> None:
+        if hook == self.hook:
+            clip_grad_norm_(self.parameters(), MAX_NORM)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        self.clip("configure_gradient_clipping")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.clip("on_before_optimizer_step")
+
+    def on_after_backward(self) -> None:
+        self.clip("on_after_backward")
+
+
+@pytest.mark.parametrize("hook", ["configure_gradient_clipping", "on_before_optimizer_step"])
+def test_clipping_by_another_name_in_hooks(pool: WorkerPool, hook: str) -> None:
+    args: dict[str, Any] = {"module_args": {"hook": hook}}
+    expected = pool.run(fit, 1, ClipsInHook, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, ClipsInHook, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+class Clips(Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        clip_grad_norm_(pl_module.parameters(), MAX_NORM)
+
+
+def fit_with_callback(devices: int, strategy: dict[str, Any]) -> None:
+    fit(models.MLP, models.vectors, strategy, devices, callbacks=[Clips()])
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_clipping_where_norms_are_not_known_is_refused(pool: WorkerPool, virtual: bool) -> None:
+    strategy, devices = {"num_stages": 2, "virtual": virtual}, 1 if virtual else 2
+    args = {"module_args": {"hook": "on_after_backward"}}
+    results = pool.try_run(fit, devices, ClipsInHook, models.vectors, strategy, devices, **args)
+    results += pool.try_run(fit_with_callback, devices, devices, strategy)
+    assert all("in the LightningModule's hook `configure_gradient_clipping`" in result.message for result in results)
+
+
+class TrainsAPart(models.MLP):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.hidden[0].parameters(), *self.out.parameters()], lr=0.05)
+
+
+def test_parameters_that_nothing_updates_do_not_count(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"gradient_clip_val": MAX_NORM}
+    expected = pool.run(fit, 1, TrainsAPart, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, TrainsAPart, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
 
 
 def test_clipping_a_part_is_refused(pool: WorkerPool) -> None:

@@ -103,6 +103,17 @@ def test_replicas_of_one_stage_are_plain_ddp_bit_for_bit(
         assert_equal(a, b, 0.0)
 
 
+class Normed(models.MLP):
+    """Statistics differ between replicas until they are shared."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)) for _ in range(4))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+
 class UsesOneOfTwo(ThreeBlocks):
     """A block is used in some batches of some replicas."""
 
@@ -158,6 +169,10 @@ class NormalisesOverReplicas(ThreeBlocks):
         ("collectives", 3, {"backward": "recompute"}, {}),
         ("metrics", 2, {}, {"make_val_loader": models.vectors}),
         ("unused", 2, {"find_unused_parameters": True}, {}),
+        ("validated norms", 2, {}, {"make_val_loader": models.vectors, "max_epochs": 2}),
+        ("validated norms", 2, {"broadcast_buffers": False}, {"make_val_loader": models.vectors}),
+        ("ragged", 2, {"static_graph": True}, {}),
+        ("clipped", 3, {}, {"accumulate_grad_batches": 8, "gradient_clip_val": MAX_NORM}),
         ("flush within an update", 3, {}, {"accumulate_grad_batches": 4, "val_check_interval": 6}),
     ],
 )
@@ -170,6 +185,8 @@ def test_replicas_equal_virtual_stages(
         "collectives": (NormalisesOverReplicas, models.vectors),
         "metrics": (Asks, models.vectors),
         "unused": (UsesOneOfTwo, models.vectors),
+        "validated norms": (Normed, models.vectors),
+        "clipped": (models.MLP, models.vectors),
         "flush within an update": (models.ValidatedMLP, models.vectors),
     }[name]
     if "val_check_interval" in args:
@@ -180,6 +197,22 @@ def test_replicas_equal_virtual_stages(
     for replica in range(2):
         if name != "norms" or replica == 0:  # of the others the statistics are not those of the first one
             assert_equal(ours[replica * num_stages], expected[replica], SGD)
+
+
+class ThawsTheEnd(models.MLP):
+    """Something on every stage is unfrozen, and later frozen again."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for layer in (self.inp, self.hidden[1], self.out):
+            layer.bias.requires_grad_(5 <= batch_idx < 12)
+
+
+def test_parameters_on_the_last_stage_that_are_unfrozen_later(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"use_distributed_sampler": False}
+    expected = fit_on(pool, 3, 1, ThawsTheEnd, **args)[0]
+    outcomes = fit_on(pool, 3, 2, ThawsTheEnd, **args)
+    assert_agree(outcomes)
+    assert_equal(outcomes[0], expected, SGD)
 
 
 def test_parameters_that_are_unfrozen_later(pool: WorkerPool) -> None:
@@ -212,6 +245,39 @@ def test_communication_hooks(pool: WorkerPool, hook: Any, wrapper: Any, state: b
     assert_agree(outcomes)
     differences = [(outcomes[0].state[name] - value).abs().max().item() for name, value in expected.state.items()]
     assert 1e-7 < max(differences) < tolerance
+
+
+largest: list[float] = []
+
+
+def note_largest(state: Any, bucket: Any) -> Any:
+    largest.append(float(bucket.buffer().abs().max()))
+    return default_hooks.allreduce_hook(None, bucket)
+
+
+note_largest.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}  # checked by DDP
+
+
+def largest_in_buckets() -> list[float]:
+    largest.clear()
+    fit_with_hook(note_largest)
+    return list(largest)
+
+
+def test_hooks_see_gradients_alone(pool: WorkerPool) -> None:
+    assert max(max(seen) for seen in pool.run(largest_in_buckets, 4)) < 0.9
+
+
+class Sparse(models.LanguageModel):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gpt.tok_emb = nn.Embedding(20, 16, sparse=True)
+
+
+def test_sparse_gradients_of_several_replicas_are_refused(pool: WorkerPool) -> None:
+    fit_on(pool, 2, 1, Sparse, models.ragged_tokens)
+    for result in pool.try_run(fit, 4, Sparse, models.ragged_tokens, {"num_stages": 2}, 4):
+        assert "averages dense gradients, but `gpt.tok_emb` has `sparse=True`" in result.message
 
 
 def test_a_hook_that_needs_nccl(pool: WorkerPool) -> None:

@@ -225,6 +225,17 @@ def test_other_precisions(pool: WorkerPool, precision: str) -> None:
     assert_equal(ours, expected, 1e-6)
 
 
+def fit_with_disabled_scaler(num_stages: int, virtual: bool) -> Any:
+    plugin = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", enabled=False))
+    strategy = {"num_stages": num_stages, "virtual": virtual}
+    return fit(models.MLP, models.vectors, strategy, 1 if virtual else num_stages, plugins=[plugin])
+
+
+def test_a_scaler_that_is_disabled(pool: WorkerPool) -> None:
+    expected = pool.run(fit_with_disabled_scaler, 1, 2, True)[0]
+    assert_equal(pool.run(fit_with_disabled_scaler, 2, 2, False)[0], expected, 1e-6)
+
+
 class OwnScaler(GradScaler):
     pass
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.stage.snapshot import drop_storage, restore_storage, take_snapshot
+from lightning_dgmp.stage.snapshot import take_snapshot
 
 
 def test_a_snapshot_survives_an_update_and_passes_gradients_on() -> None:
@@ -35,14 +35,3 @@ def test_frozen_parameters_are_not_copied() -> None:
     assert snapshot["weight"].data_ptr() == linear.weight.data_ptr()
     assert not snapshot["weight"].requires_grad
     assert snapshot["bias"].data_ptr() != linear.bias.data_ptr()
-
-
-def test_a_shadow_has_the_looks_and_one_element() -> None:
-    parameter = nn.Parameter(torch.randn(5, 7))
-    drop_storage(parameter)
-    assert parameter.shape == (5, 7)
-    assert parameter.untyped_storage().nbytes() == 4
-    assert parameter.isnan().all()
-    restore_storage(parameter)
-    assert parameter.is_contiguous()
-    assert parameter.requires_grad

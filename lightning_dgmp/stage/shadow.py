@@ -1,0 +1,89 @@
+"""Shadows: parameters of other stages, which have a shape, a dtype and a device, and say so if asked for more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dgmp.ghost import GhostError
+from lightning_dgmp.nests import tensors_in
+
+__all__ = ["Shadow", "cast_shadow", "restore"]
+
+
+class Shadow(nn.Parameter):
+    """What a parameter of another stage is meanwhile: the same object, of this class.
+
+    It holds one element of storage. Callbacks may freeze it, count it and move it, but not read or write its values.
+    """
+
+    whose: str
+    original: Any
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        is_attribute = name in ("__get__", "__set__")
+        name = getattr(getattr(func, "__self__", None), "__name__", "") if is_attribute else name
+        shadow = args[0] if args else None
+        if not isinstance(shadow, Shadow) or name not in (_ATTRIBUTES if is_attribute else _METHODS):
+            raise GhostError(_of(args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out is not shadow and name not in ("grad", "grad_fn"):
+                out = out.as_subclass(Shadow)
+                out.whose, out.original = shadow.whose, shadow.original
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise GhostError(_of(self, {}))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<parameter {self.whose}, whose values are not here>"
+
+
+def cast_shadow(parameter: nn.Parameter, whose: str) -> None:
+    """Take the values of ``parameter`` away; ``whose`` names it and its stage."""
+    nothing = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+    parameter.data = nothing.expand(parameter.shape)
+    parameter.grad = None
+    original: Any = type(parameter)
+    parameter.__class__ = Shadow
+    assert isinstance(parameter, Shadow)
+    parameter.whose, parameter.original = whose, original
+
+
+def restore(parameter: nn.Parameter) -> None:
+    """Give a shadow storage again; its values are undefined."""
+    assert isinstance(parameter, Shadow)
+    shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
+    parameter.__class__ = parameter.original
+    parameter.data = torch.empty(shape, dtype=dtype, device=device)
+
+
+def _of(args: Any, kwargs: Any) -> str:
+    shadows = tensors_in((args, kwargs), Shadow)
+    return (
+        "A hook or callback may use the values of parameters of its own stage alone, but it asked for those of"
+        f" {shadows[0].whose}. Averages of weights and the like are not supported: use another strategy for them. To"
+        " look at the whole model, do it within `with trainer.strategy.whole_model():`, which all processes must enter"
+        " at the same point. If a fit has failed before, make the module anew."
+    )
+
+
+_ATTRIBUTES = frozenset(
+    """
+    data device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nested is_quantized is_sparse
+    is_xpu itemsize layout names nbytes ndim requires_grad retains_grad shape _backward_hooks _version
+    _post_accumulate_grad_hooks
+    """.split()  # noqa: SIM905
+)
+_METHODS = frozenset(
+    """
+    __len__ _has_compatible_shallow_copy_type cpu cuda detach dim element_size get_device is_complex is_contiguous
+    is_floating_point is_inference is_pinned is_shared ndimension nelement numel register_hook
+    register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset stride to type view_as
+    """.split()  # noqa: SIM905
+)
