@@ -27,12 +27,12 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "paper": Preset(),
-    "small": Preset(  # 12 layers, 1.8 million parameters: the paper's depth on a few cores
+    "small": Preset(  # 12 layers, 2 million parameters: the paper's depth on a few cores
         {"width": 128, "heads": 4, "inner": 384, "lr": 1e-3, "warmup_steps": 200, "steps": 10_000},
         {"memory_length": 128},
         {"batch_size": 16, "length": 128},
     ),
-    "tiny": Preset(  # 8 layers, 0.6 million parameters: minutes on a laptop
+    "tiny": Preset(  # 8 layers, 0.6 million parameters (Transformer-XL: 0.7): minutes on a laptop
         {"layers": 8, "width": 96, "heads": 4, "inner": 192, "dropout": 0.0, "lr": 1e-3, "warmup_steps": 100,
          "steps": 2_000},
         {"memory_length": 64},
