@@ -2,8 +2,8 @@
 
     python examples/ouroboros.py                                      # a tiny Transformer, plain Lightning
     python examples/ouroboros.py --model transformer-xl               # with a memory of the segment before
-    python examples/ouroboros.py --stages 4 --virtual --untied        # the delays of 4 stages, on one device
-    python examples/ouroboros.py --stages 2 --untied                  # 2 stages on two processes
+    python examples/ouroboros.py --stages 4 --virtual                 # the delays of 4 stages, on one device
+    python examples/ouroboros.py --stages 2                           # 2 stages on two processes
     python examples/ouroboros.py --preset paper --data enwik8.zip     # 12 layers of width 512: days on one GPU
 
 On the screen: which text it is and how it was split, with several stages the plan, Lightning's progress bar with the
