@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,7 @@ class World:
         dist.broadcast_object_list(port, 0)
         if self.rank != 0:
             self._store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
-        atexit.register(_leave, self._store, self.rank, self.size)
-        atexit.register(self._end_at_once_if_waiting)
+        _do_at_exit(partial(_leave, self._store, self.rank, self.size), self._end_at_once_if_waiting)
 
     def all_gather(self, item: Any, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
         """Give every process of ``ranks``, by default all, the ``item`` of each of them.
@@ -269,6 +269,17 @@ class Flag:
         with contextlib.suppress(RuntimeError):
             return bool(self._store.check([self._key]))
         return False
+
+
+_at_exit: list[Callable[[], None]] = []  # of the newest world, for which all have left the others
+
+
+def _do_at_exit(*handlers: Callable[[], None]) -> None:
+    for old in _at_exit:
+        atexit.unregister(old)
+    _at_exit[:] = handlers
+    for handler in handlers:
+        atexit.register(handler)
 
 
 def _leave(store: Any, rank: int, size: int) -> None:

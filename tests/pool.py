@@ -157,6 +157,8 @@ def _work(pipe: Any, log: str) -> None:
         for name in environment:
             os.environ.pop(name, None)
         pipe.send((result, clean))
+        del function, args, kwargs, result
+        gc.collect()  # each process group has threads of its own, which wake up again and again
 
 
 def _ends_soon(goes_on: Callable[[], bool]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from datetime import timedelta
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from lightning_dgmp.world import PeerError, World
+from tests import models
 from tests.pool import WorkerPool
+from tests.training import fit
 
 
 def give_and_fail(item: Any) -> Any:
@@ -61,3 +64,15 @@ def average_and_fail() -> float:
 
 def test_a_guarded_collective_may_end_after_a_failure(pool: WorkerPool) -> None:
     assert pool.run(average_and_fail, 2) == [3.0, 3.0]
+
+
+def count_worlds() -> int:
+    for _ in range(3):
+        fit(models.MLP, models.vectors, {"num_stages": 2}, 2, limit_train_batches=2)
+    gc.collect()
+    return sum(isinstance(item, World) for item in gc.get_objects())
+
+
+def test_what_is_over_can_be_collected(pool: WorkerPool) -> None:
+    """Process groups have threads of their own, which wake up again and again."""
+    assert max(pool.run(count_worlds, 2)) == 1

@@ -56,6 +56,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     'backward="recompute"': {"strategy_args": {"backward": "recompute"}},
     'backward="replay"': {"strategy_args": {"backward": "replay"}},
     "message_dtype=torch.bfloat16": {"strategy_args": {"message_dtype": torch.bfloat16}},
+    "predict_weights=True": {"strategy_args": {"predict_weights": True}},
+    "lr_discount_steps=10**6": {"strategy_args": {"lr_discount_steps": 10**6}},
+    "correct_updates=True": {"strategy_args": {"correct_updates": True}},
+    'precision="bf16-mixed"': {"precision": "bf16-mixed"},
     "gradient_clip_val=1.0": {"gradient_clip_val": 1.0},
     "accumulate_grad_batches=2": {"accumulate_grad_batches": 2},
 }

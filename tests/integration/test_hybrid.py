@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -91,12 +92,19 @@ def test_replicas_are_a_fifo_of_averages(
         torch.testing.assert_close(ours.state[name], p.detach(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-@pytest.mark.parametrize(("module", "loader"), [(models.MLP, models.vectors), (models.ResidualNet, models.images)])
+@pytest.mark.parametrize(
+    ("module", "loader", "optimizer", "options"),
+    [
+        (models.MLP, models.vectors, "adamw", {"accumulate_grad_batches": 2}),
+        (models.ResidualNet, models.images, "momentum", {"accumulate_grad_batches": 3}),
+        (models.ResidualNet, models.images, "adamw", {}),
+        (models.MLP, models.vectors, "momentum", {"gradient_clip_val": MAX_NORM}),
+    ],
+)
 def test_replicas_of_one_stage_are_plain_ddp_bit_for_bit(
-    pool: WorkerPool, module: Any, loader: Any, optimizer: str
+    pool: WorkerPool, module: Any, loader: Any, optimizer: str, options: dict[str, Any]
 ) -> None:
-    args = {"module_args": {"optimizer": optimizer}, "accumulate_grad_batches": 2}
+    args = {"module_args": {"optimizer": optimizer}, **options}
     plain = pool.run(fit, 2, module, loader, "ddp", 2, **args)
     ours = pool.run(fit, 2, module, loader, {"num_stages": 1}, 2, **args)
     for a, b in zip(ours, plain):
@@ -205,6 +213,19 @@ class ThawsTheEnd(models.MLP):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         for layer in (self.inp, self.hidden[1], self.out):
             layer.bias.requires_grad_(5 <= batch_idx < 12)
+
+
+def fit_with_schedule(num_stages: int, devices: int, virtual: bool) -> Outcome:
+    strategy = {"num_stages": num_stages, "virtual": virtual}
+    callbacks = [GradientAccumulationScheduler({0: 1, 1: 4})]
+    clip: dict[str, Any] = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
+    return fit(models.MLP, models.vectors, strategy, devices, max_epochs=2, callbacks=callbacks, **clip)
+
+
+def test_a_schedule_of_accumulation_and_clipping_by_value(pool: WorkerPool) -> None:
+    outcomes = pool.run(fit_with_schedule, 6, 3, 6, False)
+    assert_agree(outcomes)
+    assert_equal(outcomes[0], pool.run(fit_with_schedule, 2, 3, 2, True)[0], SGD)
 
 
 def test_parameters_on_the_last_stage_that_are_unfrozen_later(pool: WorkerPool) -> None:

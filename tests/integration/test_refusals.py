@@ -9,12 +9,20 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import (
+    BitsandbytesPrecision,
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    TransformerEnginePrecision,
+)
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dgmp import DelayedMPStrategy
+from lightning_dgmp.support import check_supported
 from tests import models, traps
 from tests.pool import Failure, WorkerPool
 from tests.training import fit
@@ -366,3 +374,44 @@ def test_a_dtype_that_cannot_be_sent(pool: WorkerPool) -> None:
 def test_a_buffer_that_keeps_the_value_of_another_stage(pool: WorkerPool) -> None:
     results = failures(pool, 4, traps.KeepsAnEarlyValue)
     assert_all_say(results, "The buffer `early` was assigned a value that is not on stage")
+
+
+# ----- precision and devices
+
+
+@pytest.mark.parametrize("kind", [BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision])
+def test_precision_plugins_that_exchange_modules(kind: type[Any]) -> None:
+    """They need packages or devices that may be missing, so they are not made."""
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy._precision_plugin = kind.__new__(kind)
+    module = models.MLP()
+    with pytest.raises(MisconfigurationException, match=f"does not support `{kind.__name__}`"):
+        check_supported(trainer, module, virtual=False, backward="stash")
+
+
+def test_an_algorithm_of_clipping_that_is_unknown() -> None:
+    with pytest.raises(MisconfigurationException, match="`gradient_clip_algorithm` other is invalid"):
+        Trainer(gradient_clip_algorithm="other", strategy="delayed_mp", devices=2, accelerator="cpu")
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "replicas", "expected"),
+    [("auto", "auto", (4, 2)), (2, "auto", (2, 4)), ("auto", 4, (2, 4)), (4, 2, (4, 2)), (8, "auto", (8, 1))],
+)
+def test_stages_of_a_replica_stay_on_a_node_where_they_fit(num_stages: Any, replicas: Any, expected: Any) -> None:
+    """Two nodes of four devices."""
+    strategy = DelayedMPStrategy(num_stages, replicas)
+    strategy.parallel_devices = [torch.device("cpu")] * 4
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.num_nodes = 2
+    seen = []
+    for rank in range(8):
+        strategy.cluster_environment.set_global_rank(rank)
+        strategy.cluster_environment.set_world_size(8)
+        seen.append((strategy.replica, strategy.stage))
+        assert strategy.distributed_sampler_kwargs == {"num_replicas": expected[1], "rank": strategy.replica}
+    assert (strategy.num_stages, strategy.data_parallel_size) == expected
+    assert sorted(seen) == [(r, k) for r in range(expected[1]) for k in range(expected[0])]
+    nodes = [{rank // 4 for rank, (r, _) in enumerate(seen) if r == replica} for replica in range(expected[1])]
+    assert all(len(of_replica) == max(1, expected[0] // 4) for of_replica in nodes)
+    assert seen[0] == (0, expected[0] - 1), "rank 0 has the loss"
