@@ -99,7 +99,7 @@ class Pipeline:
         self.runner = runner = StageRunner(module, slots, plan, stage, delay, transport, *how)
         runner.optimizers = optimizers
         if plan.shared:
-            runner.shared = SharedParameters(plan, stage, runner.own, transport)
+            runner.messages.shared = SharedParameters(plan, stage, runner.own, transport)
         self._weights = WeightShards(module, slots, plan, stage, ranks, group, world)
         self._weights.disperse()
 

@@ -12,41 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.callbacks import adapt_callbacks
-from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.clipping import after_clipping, clipping_by_total_norm, clips_by_norm, no_clipping_by_norm
-from lightning_dgmp.evaluating import EvaluatingStrategy
+from lightning_dgmp.clipping import after_clipping, clipping_by_total_norm, no_clipping_by_norm
 from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
     MisconfigurationException,
-    MixedPrecision,
     StrategyRegistry,
     Trainer,
     TrainerFn,
     _StrategyRegistry,
     default_pg_timeout,
-    is_param_in_hook_signature,
-    rank_zero_info,
 )
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import clock_at, install_loops
 from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
 from lightning_dgmp.nests import copied_tensors, map_leaves
-from lightning_dgmp.pipeline import Interception, Pipeline
-from lightning_dgmp.plan.plan import Plan, make_plan
-from lightning_dgmp.plan.trace import trace_step
-from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
-from lightning_dgmp.remedies import Moment, Remedies, Updates
-from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.options import Options, Tied
+from lightning_dgmp.pipeline import Interception
+from lightning_dgmp.precision import StageGradScaler
+from lightning_dgmp.remedies import Remedies
 from lightning_dgmp.signals import Signals
-from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
-from lightning_dgmp.stage.runner import BackwardMode, StageRunner
-from lightning_dgmp.stage.sides import Sides
-from lightning_dgmp.stage.virtual import GradientQueues, VirtualStages
+from lightning_dgmp.stage.runner import BackwardMode
+from lightning_dgmp.starting import StartingStrategy
 from lightning_dgmp.support import check_optimizers, check_supported
 
 __all__ = ["DelayedMPStrategy"]
@@ -54,7 +43,7 @@ __all__ = ["DelayedMPStrategy"]
 _Scaler = TypeVar("_Scaler", bound=GradScaler)
 
 
-class DelayedMPStrategy(EvaluatingStrategy):
+class DelayedMPStrategy(StartingStrategy):
     """Pipeline model parallelism with delayed gradients.
 
     The model is cut into stages, each device holds one, and no stage waits until the others have finished a batch:
@@ -100,7 +89,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
         *,
         split_at: Sequence[str] | None = None,
         backward: BackwardMode = "stash",
-        tied: Literal["aligned", "ouroboros"] = "aligned",
+        tied: Tied = "aligned",
         virtual: bool = False,
         predict_weights: bool = False,
         lr_discount_steps: int = 0,
@@ -111,71 +100,12 @@ class DelayedMPStrategy(EvaluatingStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
-        super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
-        if backward not in ("stash", "recompute", "replay"):
-            raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {backward!r}.")
-        if tied not in ("aligned", "ouroboros"):
-            raise ValueError(f"`tied` must be 'aligned' or 'ouroboros', but is {tied!r}.")
-        if tied == "ouroboros" and not virtual:
-            raise ValueError(
-                "`tied='ouroboros'` makes the first stage and the last wait for each other in every batch, so it needs"
-                " `virtual=True`. Use `tied='aligned'` for processes."
-            )
-        if message_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"`message_dtype` must be float32, bfloat16, float16 or None, but is {message_dtype}.")
-        if virtual and message_dtype is not None:
-            raise ValueError("`virtual=True` sends no messages, so `message_dtype` must be None.")
-        self._remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
-        if predict_weights and (backward == "replay" or tied == "ouroboros"):
-            other = "backward='replay'" if backward == "replay" else "tied='ouroboros'"
-            raise ValueError(
-                f"`predict_weights=True` gives a batch one version of the weights, but `{other}` uses several. Use one"
-                " of them."
-            )
-        self._message_dtype = message_dtype
-        self._split_at = None if split_at is None else list(split_at)
-        self._backward: BackwardMode = backward
-        self._tied = tied
+        remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
+        options = Options(virtual, split_at, backward, tied, message_dtype, remedies)
+        super().__init__(
+            num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, options=options, **kwargs
+        )
         self._undo_callbacks: Callable[[], None] = _nothing
-        self._undo_scaler: Callable[[], None] = _nothing
-        self._reset_pipeline()
-
-    def _reset_pipeline(self) -> None:
-        self._plan: Plan | None = None
-        self._pipeline = None
-        self._virtual_stages: VirtualStages | None = None
-        self._updates: Updates | None = None
-        self._is_synchronous = False
-        self._evaluation = None
-        self._seed = 0
-        self._num_steps = 0
-
-    @property
-    def squares(self) -> Tensor | None:
-        """The squared norm of each stage's newest gradient, as far as it is known here, if gradients are clipped."""
-        return None if self._stages is None else self._stages.squares
-
-    @property
-    def _stages(self) -> StageRunner | VirtualStages | None:
-        """What trains, once it has begun."""
-        return self._virtual_stages if self.runner is None else self.runner
-
-    @property
-    def plan(self) -> Plan:
-        """How the model is divided. Made when ``fit`` sees the first batch."""
-        if self._plan is None:
-            raise RuntimeError("There is no plan yet: it is made from the first batch of `trainer.fit`.")
-        return self._plan
-
-    @property
-    def runner(self) -> StageRunner | None:
-        """The stage of this process, once training has begun; ``None`` with virtual stages."""
-        return None if self._pipeline is None else self._pipeline.runner
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the plan of this fit is made."""
-        return self._plan is not None
 
     # ----- setup
 
@@ -184,7 +114,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
         if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
             assert self.lightning_module is not None
             module, replicas = self.lightning_module, self.data_parallel_size
-            check_supported(trainer, module, self._virtual, self._backward, replicas)
+            check_supported(trainer, module, self._virtual, self._options.backward, replicas)
             self._reset_pipeline()
             if self.data_parallel_size == 1:
                 self._layer_sync = None  # the statistics of a stage are those of its replica
@@ -226,122 +156,6 @@ class DelayedMPStrategy(EvaluatingStrategy):
         if self.num_stages > 1:
             check_optimizers([getattr(o, "_optimizer", o) for o in self.optimizers], self._virtual)
 
-    # ----- the plan
-
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._num_steps = 0
-        assert self.lightning_module is not None
-        self._is_synchronous = self.lightning_module.global_step < self._remedies.synchronous_steps
-        if self.num_stages > 1 and self._plan is None:
-            self._begin_training(batch, batch_idx)
-
-    def _begin_training(self, batch: Any, batch_idx: int) -> None:
-        """Plan on the first batch, before anything has run on it."""
-        module = self.lightning_module
-        assert module is not None
-        make_plan = partial(self._make_plan, batch, batch_idx)
-        if self._world is None:
-            self._plan = self.broadcast(make_plan())
-        else:
-            plan = agree_on_plan(make_plan, self._world, self._stage_ranks) if self.replica == 0 else None
-            if self.data_parallel_size > 1:  # which may see other shapes, but must cut alike
-                plan = self._world.all_gather(plan, "the plan of the first replica")[0]
-            self._plan = plan
-        assert self._plan is not None
-        rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
-        is_known = len(self._loaded_squares) == self.num_stages
-        squares = (self._loaded_squares if is_known else torch.zeros(self.num_stages)).to(self.root_device)
-        if self._world is None or self._transport is None:
-            copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
-            slots = ParameterSlots(module)
-            queues = GradientQueues(slots.parameters, self._plan, copies, self.optimizers)
-            virtual_scaler = self._exchange_scaler(lambda scaler: VirtualGradScaler(scaler, queues.stages))
-            notes = VirtualNotes(squares) if clips_by_norm(module) else None
-            sides = Sides(module, slots, self._plan) if self._tied == "ouroboros" and self._plan.shared else None
-            if sides is not None and (virtual_scaler is not None or self.data_parallel_size > 1):
-                raise MisconfigurationException(
-                    "`tied='ouroboros'` works on one device and without a loss scale, but"
-                    f" `data_parallel_size={self.data_parallel_size}` and `precision="
-                    f"{self.precision_plugin.precision!r}`. Use `tied='aligned'`, or one device and another precision."
-                )
-            self._virtual_stages = VirtualStages(
-                queues, notes, virtual_scaler, sides, slots, self._watch_updates(slots)
-            )
-            return
-        self._pipeline = Pipeline(
-            module,
-            self.optimizers,
-            self._plan,
-            self.device_mesh.get_group("stage"),
-            self._world,
-            self._transport,
-            self.root_device,
-            backward=self._backward,
-            seed=self._seed,
-            first_batch=module.trainer.fit_loop.epoch_loop.total_batch_idx,
-            message_dtype=self._message_dtype,
-        )
-        runner = self._pipeline.runner
-        runner.updates = self._watch_updates(runner.slots)
-        copies = [] if runner.shared is None else list(runner.shared.copies.values())
-        scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last, copies))
-        if clips_by_norm(module) or scaler is not None:
-            runner.notes = StageNotes(self.stage, squares, clips_by_norm(module), scaler)
-        if self.data_parallel_size > 1:
-            broadcasts_buffers = self._ddp_kwargs.get("broadcast_buffers", True)
-            group = self.device_mesh.get_group("replica")
-            wait = self.wait_among_replicas
-            self._pipeline.average(group, self.wrap_in_ddp, wait, broadcasts_buffers, self.agree_on_wishes)
-        self._interception.use(runner)
-        self._evaluation = None  # what was planned with the whole model
-
-    def _watch_updates(self, slots: ParameterSlots) -> Updates | None:
-        """Let the remedies work that concern updates."""
-        if not self._remedies.concern_updates:
-            return None
-        delays = delays_of(self.num_stages)
-        by_parameter = {p: delays[self.plan.stage_of(name)[0]] for name, p in slots.parameters.items()}
-        optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
-        self._updates = Updates(self._remedies, optimizers, by_parameter, self._now)
-        return self._updates
-
-    def _now(self) -> Moment:
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        accumulate = trainer.accumulate_grad_batches
-        return Moment(trainer.global_step, accumulate, trainer.fit_loop.batch_idx % accumulate, self._is_synchronous)
-
-    def _exchange_scaler(self, make: Callable[[GradScaler], _Scaler]) -> _Scaler | None:
-        """Let the precision plugin, if it scales losses, use what ``make`` makes of its scaler, until the end."""
-        plugin = self.precision_plugin
-        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not plugin.scaler.is_enabled():
-            return None
-        self._undo_scaler = partial(_give_back, plugin, plugin.scaler)
-        plugin.scaler = scaler = make(plugin.scaler)
-        return scaler
-
-    def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
-        module = self.lightning_module
-        assert module is not None
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        batch = batch if self._feed is None else self._feed.read(batch)
-        args = (batch, batch_idx) if takes_index else (batch,)
-
-        def step(want: Callable[..., None]) -> Any:
-            logging = logging_nothing(module, want, with_loggers=True)
-            with self.step_alone(), self.precision_plugin.train_step_context(), logging:
-                return module.training_step(*copied_tensors(args))
-
-        with torch.enable_grad():
-            trace = trace_step(step, module, self.root_device, readers=(Metric,))
-        if self._backward != "stash" and trace.changed_frozen:
-            raise MisconfigurationException(
-                f"`backward={self._backward!r}` runs steps twice, but `training_step` changes frozen parameters in"
-                f" place, such as `{min(trace.changed_frozen)}`. Change them in a hook, or use `backward='stash'`."
-            )
-        return make_plan(trace, module, self.num_stages, self._split_at)
-
     # ----- training
 
     @override
@@ -375,7 +189,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
                 return module.training_step(*fresh(args), **fresh(kwargs))
 
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
-        fresh = copied_tensors if self._backward != "stash" else partial(map_leaves, _same)
+        fresh = copied_tensors if self._options.backward != "stash" else partial(map_leaves, _same)
 
         is_first = module.trainer.fit_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
         number = runner.num_forwards
@@ -483,9 +297,7 @@ class DelayedMPStrategy(EvaluatingStrategy):
         if self._pipeline is not None:
             self._pipeline.close()
             self._interception.use(None)
-        if self._updates is not None:
-            self._updates.close()
-            self._updates = None
+        self._end_training()
         if self._feed is not None:
             self._feed.settle()
 
@@ -494,8 +306,6 @@ class DelayedMPStrategy(EvaluatingStrategy):
     @override
     def teardown(self) -> None:
         self._undo_callbacks()
-        self._undo_scaler()
-        self._undo_scaler = _nothing
         if self._feed is not None:
             self._feed.close()
             self._feed = None
@@ -525,12 +335,6 @@ if "delayed_mp" not in StrategyRegistry:
 
 
 def _nothing() -> None: ...
-
-
-def _give_back(plugin: MixedPrecision, scaler: GradScaler) -> None:
-    assert plugin.scaler is not None
-    scaler.load_state_dict(plugin.scaler.state_dict())
-    plugin.scaler = scaler
 
 
 def _same(leaf: Any) -> Any:

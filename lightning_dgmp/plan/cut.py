@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from torch import nn
+
 from lightning_dgmp.plan.crossing import values_to_send
 from lightning_dgmp.plan.record import Trace
 
-__all__ = ["Cuts", "PlanError", "Unit", "choose_cuts", "stage_cost"]
+__all__ = ["Cuts", "PlanError", "Unit", "choose_cuts", "cuts_before", "stage_cost"]
 
 # Cost is counted in floating point operations. A byte that an operation moves, a byte of a parameter that the optimizer
 # updates and a byte that crosses a cut are worth this many of them: figures of a CPU core or an accelerator of today,
@@ -226,6 +228,52 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
         j = origin[k][j]
         chosen.append(ends[j])
     return chosen[::-1][1:]
+
+
+def cuts_before(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[str]) -> list[int]:
+    """The ``num_stages - 1`` cuts before modules of ``root`` that the user names.
+
+    Raises:
+        PlanError: If they are not as many, not modules with parameters in order, or if there cannot be a cut.
+    """
+    if len(split_at) != num_stages - 1:
+        raise PlanError(
+            f"`split_at` must name the first module of each stage but the first, {num_stages - 1} for"
+            f" `num_stages={num_stages}`, but it has {len(split_at)}: {split_at}."
+        )
+    known = {path for path, _ in root.named_modules()}
+    positions: list[int] = []
+    for path in split_at:
+        if path not in known:
+            near = [name for name in sorted(known) if name.endswith(path.rsplit(".", 1)[-1])][:5]
+            raise PlanError(
+                f"`split_at` must name modules of the LightningModule, but it has no `{path}`."
+                + (f" Did you mean one of {near}?" if near else " See `named_modules()`.")
+            )
+        call = next((i for i, c in enumerate(cuts.trace.calls) if c.path == path), None)
+        if call is None:
+            raise PlanError(
+                f"`split_at` must name modules that `training_step` calls, but it does not call `{path}`."
+                " Name a module inside it, or the one that contains it."
+            )
+        position = cuts.first_unit(call)
+        if position is None:
+            raise PlanError(
+                f"`split_at` must name modules with parameters, but `{path}` has none. Name the module after it."
+            )
+        if position == 0:
+            raise PlanError(
+                f"`split_at` names `{path}`, but it is the first module with parameters: nothing is before it."
+            )
+        if positions and position <= positions[-1]:
+            raise PlanError(
+                f"`split_at` must follow the order in which modules are first called, but `{path}` is not after"
+                f" `{split_at[len(positions) - 1]}`. Reorder it."
+            )
+        if position in cuts.obstacles:
+            raise PlanError(f"`split_at` names `{path}`, but the step cannot be cut there: {cuts.obstacles[position]}.")
+        positions.append(position)
+    return positions
 
 
 def _units(trace: Trace, uses: Sequence[tuple[_Use, ...]]) -> tuple[list[Unit], dict[_Use, int]]:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from lightning_dgmp.plan.crossing import values_to_send
-from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts
+from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts, cuts_before
 from lightning_dgmp.plan.record import Trace
 
 __all__ = ["Event", "Plan", "Transfer", "make_evaluation_plan", "make_plan"]
@@ -168,7 +168,7 @@ def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence
     if split_at is None:
         positions = choose_cuts(cuts, num_stages)
     else:
-        positions = _positions_of(cuts, root, num_stages, list(split_at))
+        positions = cuts_before(cuts, root, num_stages, list(split_at))
 
     def stage(height: int) -> int:
         return bisect_right(positions, height)
@@ -185,47 +185,6 @@ def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence
         },
         [sum(cuts.costs[a:b]) for a, b in pairwise(bounds)],
     )
-
-
-def _positions_of(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[str]) -> list[int]:
-    if len(split_at) != num_stages - 1:
-        raise PlanError(
-            f"`split_at` must name the first module of each stage but the first, {num_stages - 1} for"
-            f" `num_stages={num_stages}`, but it has {len(split_at)}: {split_at}."
-        )
-    known = {path for path, _ in root.named_modules()}
-    positions: list[int] = []
-    for path in split_at:
-        if path not in known:
-            near = [name for name in sorted(known) if name.endswith(path.rsplit(".", 1)[-1])][:5]
-            raise PlanError(
-                f"`split_at` must name modules of the LightningModule, but it has no `{path}`."
-                + (f" Did you mean one of {near}?" if near else " See `named_modules()`.")
-            )
-        call = next((i for i, c in enumerate(cuts.trace.calls) if c.path == path), None)
-        if call is None:
-            raise PlanError(
-                f"`split_at` must name modules that `training_step` calls, but it does not call `{path}`."
-                " Name a module inside it, or the one that contains it."
-            )
-        position = cuts.first_unit(call)
-        if position is None:
-            raise PlanError(
-                f"`split_at` must name modules with parameters, but `{path}` has none. Name the module after it."
-            )
-        if position == 0:
-            raise PlanError(
-                f"`split_at` names `{path}`, but it is the first module with parameters: nothing is before it."
-            )
-        if positions and position <= positions[-1]:
-            raise PlanError(
-                f"`split_at` must follow the order in which modules are first called, but `{path}` is not after"
-                f" `{split_at[len(positions) - 1]}`. Reorder it."
-            )
-        if position in cuts.obstacles:
-            raise PlanError(f"`split_at` names `{path}`, but the step cannot be cut there: {cuts.obstacles[position]}.")
-        positions.append(position)
-    return positions
 
 
 def make_evaluation_plan(trace: Trace, root: nn.Module, training: Plan) -> Plan:

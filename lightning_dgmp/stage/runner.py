@@ -22,14 +22,15 @@ from lightning_dgmp.plan.restore import attributes_of_now
 from lightning_dgmp.remedies import Updates
 from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
+from lightning_dgmp.stage.messages import Messages
 from lightning_dgmp.stage.notes import StageNotes
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
 from lightning_dgmp.stage.shared import SharedParameters
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
-from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Transport
-from lightning_dgmp.wire import Message, Wish
+from lightning_dgmp.transport import ACTIVATIONS, Transport
+from lightning_dgmp.wire import Wish
 
 __all__ = ["BackwardMode", "StageRunner"]
 
@@ -74,11 +75,8 @@ class StageRunner:
     ) -> None:
         self.root, self.slots, self.plan, self.stage, self._delay = root, slots, plan, stage, delay
         self.transport, self.mode, self.seed, self.device = transport, mode, seed, device
-        self._message_dtype = message_dtype
         self.in_flight: deque[InFlight] = deque()
         self.num_forwards = self._flushed_at = first_batch
-        self._wishes = Wish(0)
-        self.granted = Wish(0)  # for the last batch
         self.ending = Wish(0)  # whether training ends, and how
         self.whole = False  # set while all parameters have their values on this process
         self.is_last = stage == plan.num_stages - 1
@@ -99,6 +97,7 @@ class StageRunner:
         }
         self._skips = Skips(root, ghosts, partial(slots.holding, hidden) if hidden else nullcontext)
         self._wiring = Wiring(plan, stage)
+        self.messages = Messages(stage, self._wiring, transport, message_dtype)
         #: The modules whose calls must come here: not those inside of what this stage runs as a whole.
         self.watched = {path for path, owner in plan.modules.items() if owner != stage or path in plan.visible}
         # What several stages run.
@@ -107,12 +106,10 @@ class StageRunner:
         self._toggled = [(root.get_submodule(path).__dict__, name) for path, name in plan.toggled]
         self._forward: Forward | None = None
         self._is_backward = False
-        self.notes: StageNotes | None = None  # if norms are to ride along
         self.averaging: Averaging | None = None  # if there are several replicas
         self.optimizers: Sequence[Optimizer] = ()
         self.updates: Updates | None = None  # if a remedy concerns them
         self.is_synchronous = False  # whether all stages wait for each other
-        self.shared: SharedParameters | None = None  # if parameters live on several stages, and are trained
         self.agree: Callable[[Wish], Wish] = lambda wishes: wishes  # of the first stages of all replicas
 
     # ----- the two halves of an iteration
@@ -146,15 +143,12 @@ class StageRunner:
             result = self._run(forward)
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
-        if self.notes is not None and self.stage > 0:
-            self.notes.from_earlier(_notes_in(record.received[self.stage - 1]))
+        self.messages.read_activations(record)
         if self.stage == 0:
-            wishes, self._wishes = self._wishes, Wish(0)
-            self.granted = self.agree(wishes)
-        else:
-            self.granted = Wish(next(iter(record.received.values())).wishes)
+            wishes, self.messages.wishes = self.messages.wishes, Wish(0)
+            self.messages.granted = self.agree(wishes)
         self.ending |= self.granted & (Wish.END | Wish.TERMINATE)
-        self._send_exits(record, has_graph=not graph_later)
+        self.messages.send_activations(record, has_graph=not graph_later)
         if graph_later:
             record.exits.clear()
         else:
@@ -180,31 +174,27 @@ class StageRunner:
         finally:
             for source in self._wiring.sources:
                 forward.message(source)
-            self._send_exits(record)
+            self.messages.send_activations(record)
             self.num_forwards += 1
+
+    @property
+    def notes(self) -> StageNotes | None:
+        """The norms and scales that ride along, if any."""
+        return self.messages.notes
+
+    @property
+    def shared(self) -> SharedParameters | None:
+        """The parameters that live on several stages, if any."""
+        return self.messages.shared
+
+    @property
+    def granted(self) -> Wish:
+        """What all stages do after the last batch."""
+        return self.messages.granted
 
     def request(self, wish: Wish) -> None:
         """Let ``wish`` be granted on all stages after the same batch, soon."""
-        self._wishes |= wish
-
-    def _send_exits(self, record: InFlight, has_graph: bool = True) -> None:
-        """Send what others need; without a graph yet, errors are wanted for all that can have one."""
-        for target, count in self._wiring.targets.items():
-            sent = [record.exits.get((target, slot)) for slot in range(count)]
-            tensors = [None if t is None else self._narrow(t.detach()) for t in sent]
-            wants = [
-                t is not None and (t.requires_grad if has_graph else t.is_floating_point() or t.is_complex())
-                for t in sent
-            ]
-            if self.notes is not None and target == self.stage + 1:
-                tensors.append(self.notes.to_later())
-            message = Message(record.batch, self.granted, tensors, differentiable=wants)
-            self.transport.send(ACTIVATIONS, target, message)
-
-    def _narrow(self, tensor: Tensor) -> Tensor:
-        dtype = self._message_dtype
-        is_wider = dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
-        return tensor.to(dtype) if is_wider else tensor
+        self.messages.wishes |= wish
 
     @property
     def due(self) -> bool:
@@ -239,35 +229,10 @@ class StageRunner:
         contributed = {} if self.shared is None else self.shared.take()
         if is_step:
             self.note_norm()
-        for source, count in self._wiring.sources.items():
-            errors = [e.error if (e := record.entries.get((source, slot))) else None for slot in range(count)]
-            errors = [None if error is None else self._narrow(error) for error in errors]
-            if self.shared is not None:
-                errors += self.shared.contributions(contributed, source)
-            wishes = Wish(0)
-            if source == self.stage - 1:  # one way for each, or it would be granted twice
-                wishes, self._wishes = self._wishes, wishes
-                if self.notes is not None:
-                    errors.append(self.notes.to_earlier())
-            self.transport.send(ERRORS, source, Message(record.batch, wishes, errors))
+        self.messages.send_errors(record, contributed)
 
     def _backward_from_errors(self, record: InFlight) -> None:
-        roots: list[Tensor] = []
-        errors: list[Tensor] = []
-        for target, count in self._wiring.targets.items():
-            message = self.transport.receive(ERRORS, target, record.batch)
-            self.request(Wish(message.wishes))
-            if self.notes is not None and target == self.stage + 1:
-                self.notes.from_later(_notes_in(message), list(self.own.values()))
-            for slot, error in enumerate(message.tensors[:count]):
-                root = record.exits.get((target, slot))
-                if root is not None and error is not None and root.requires_grad:
-                    roots.append(root)
-                    errors.append(error.to(root.dtype))
-            if self.shared is not None:
-                for root, error in self.shared.roots(target, message.tensors[count:]):
-                    roots.append(root)
-                    errors.append(error)
+        roots, errors = self.messages.receive_errors(record, list(self.own.values()))
         if self.averaging is not None:
             roots = self.averaging.roots(*roots)
             errors.append(torch.zeros_like(roots[-1]))
@@ -329,33 +294,18 @@ class StageRunner:
         if self._flushed_at == self.num_forwards:
             return False
         self._flushed_at = self.num_forwards
-        self._pass_notes_on()
+        self.messages.pass_notes_on(self.num_forwards)
         return True
-
-    def _pass_notes_on(self) -> None:
-        """Without activations."""
-        for source in self._wiring.sources:
-            message = self.transport.receive(ACTIVATIONS, source, self.num_forwards, flush=True)
-            if self.notes is not None and source == self.stage - 1:
-                self.notes.from_earlier(_notes_in(message))
-        for target in self._wiring.targets:
-            notes: list[Tensor | None] = []
-            if self.notes is not None and target == self.stage + 1:
-                notes.append(self.notes.to_later())
-            self.transport.send(ACTIVATIONS, target, Message(self.num_forwards, 0, notes, flush=True))
 
     def end_flush(self) -> None:
         """Let the last stage know all notes, for a checkpoint, and wait until the neighbours have flushed too.
 
         What comes next may be a collective, which knows no reasons.
         """
-        self._pass_notes_on()
+        self.messages.pass_notes_on(self.num_forwards)
         if self.notes is not None and self.is_last:
             self.notes.settle()
-        for source in self._wiring.sources:
-            self.transport.send(ERRORS, source, Message(self.num_forwards, 0, [], flush=True))
-        for target in self._wiring.targets:
-            self.transport.receive(ERRORS, target, self.num_forwards, flush=True)
+        self.messages.wait_for_neighbours(self.num_forwards)
         if self.shared is not None:
             self.shared.check()
 
@@ -442,9 +392,3 @@ class StageRunner:
 
 def _no_loss() -> None:
     raise AssertionError("The last stage has nothing in flight between iterations.")
-
-
-def _notes_in(message: Message) -> Tensor:
-    notes = message.tensors[-1]
-    assert notes is not None
-    return notes

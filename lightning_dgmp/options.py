@@ -1,0 +1,55 @@
+"""The arguments of the strategy that say how to train, and what of them does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from lightning_dgmp.remedies import Remedies
+from lightning_dgmp.stage.runner import BackwardMode
+
+__all__ = ["Options", "Tied"]
+
+Tied = Literal["aligned", "ouroboros"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """See :class:`~lightning_dgmp.strategy.DelayedMPStrategy`.
+
+    Raises:
+        ValueError: If one is none of its values, or if two do not go together.
+    """
+
+    virtual: bool = False
+    split_at: Sequence[str] | None = None
+    backward: BackwardMode = "stash"
+    tied: Tied = "aligned"
+    message_dtype: torch.dtype | None = None
+    remedies: Remedies = field(default_factory=Remedies)
+
+    def __post_init__(self) -> None:
+        if self.backward not in ("stash", "recompute", "replay"):
+            raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {self.backward!r}.")
+        if self.tied not in ("aligned", "ouroboros"):
+            raise ValueError(f"`tied` must be 'aligned' or 'ouroboros', but is {self.tied!r}.")
+        if self.tied == "ouroboros" and not self.virtual:
+            raise ValueError(
+                "`tied='ouroboros'` makes the first stage and the last wait for each other in every batch, so it needs"
+                " `virtual=True`. Use `tied='aligned'` for processes."
+            )
+        if self.message_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"`message_dtype` must be float32, bfloat16, float16 or None, but is {self.message_dtype}."
+            )
+        if self.virtual and self.message_dtype is not None:
+            raise ValueError("`virtual=True` sends no messages, so `message_dtype` must be None.")
+        if self.remedies.predict_weights and (self.backward == "replay" or self.tied == "ouroboros"):
+            other = "backward='replay'" if self.backward == "replay" else "tied='ouroboros'"
+            raise ValueError(
+                f"`predict_weights=True` gives a batch one version of the weights, but `{other}` uses several. Use one"
+                " of them."
+            )

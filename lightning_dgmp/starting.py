@@ -1,0 +1,239 @@
+"""The start of training: the plan is made on the first batch, and then what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_dgmp.agreement import agree_on_plan
+from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.clipping import clips_by_norm
+from lightning_dgmp.evaluating import EvaluatingStrategy
+from lightning_dgmp.host import (
+    LightningModule,
+    MisconfigurationException,
+    MixedPrecision,
+    is_param_in_hook_signature,
+    rank_zero_info,
+)
+from lightning_dgmp.metrics import logging_nothing
+from lightning_dgmp.nests import copied_tensors
+from lightning_dgmp.options import Options
+from lightning_dgmp.pipeline import Pipeline
+from lightning_dgmp.plan.plan import Plan, make_plan
+from lightning_dgmp.plan.trace import trace_step
+from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
+from lightning_dgmp.remedies import Moment, Updates
+from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
+from lightning_dgmp.stage.runner import StageRunner
+from lightning_dgmp.stage.sides import Sides
+from lightning_dgmp.stage.virtual import GradientQueues, VirtualStages
+from lightning_dgmp.transport import Transport
+from lightning_dgmp.world import World
+
+__all__ = ["StartingStrategy"]
+
+_Scaler = TypeVar("_Scaler", bound=GradScaler)
+
+
+class StartingStrategy(EvaluatingStrategy):
+    """Plans on the first batch of training, and makes the stage of this process, or the virtual ones.
+
+    Args:
+        *args: See :class:`~lightning_dgmp.evaluating.EvaluatingStrategy`.
+        options: How to train.
+        **kwargs: See there.
+    """
+
+    def __init__(self, *args: Any, options: Options, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._options = options
+        self._undo_scaler: Callable[[], None] = _nothing
+        self._reset_pipeline()
+
+    def _reset_pipeline(self) -> None:
+        self._plan: Plan | None = None
+        self._pipeline = None
+        self._virtual_stages: VirtualStages | None = None
+        self._updates: Updates | None = None
+        self._is_synchronous = False
+        self._evaluation = None
+        self._seed = 0
+        self._num_steps = 0
+
+    @property
+    def squares(self) -> Tensor | None:
+        """The squared norm of each stage's newest gradient, as far as it is known here, if gradients are clipped."""
+        return None if self._stages is None else self._stages.squares
+
+    @property
+    def _stages(self) -> StageRunner | VirtualStages | None:
+        """What trains, once it has begun."""
+        return self._virtual_stages if self.runner is None else self.runner
+
+    @property
+    def plan(self) -> Plan:
+        """How the model is divided. Made when ``fit`` sees the first batch."""
+        if self._plan is None:
+            raise RuntimeError("There is no plan yet: it is made from the first batch of `trainer.fit`.")
+        return self._plan
+
+    @property
+    def runner(self) -> StageRunner | None:
+        """The stage of this process, once training has begun; ``None`` with virtual stages."""
+        return None if self._pipeline is None else self._pipeline.runner
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the plan of this fit is made."""
+        return self._plan is not None
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._num_steps = 0
+        assert self.lightning_module is not None
+        self._is_synchronous = self.lightning_module.global_step < self._options.remedies.synchronous_steps
+        if self.num_stages > 1 and self._plan is None:
+            self._begin_training(batch, batch_idx)
+
+    def _begin_training(self, batch: Any, batch_idx: int) -> None:
+        """Plan on the first batch, before anything has run on it."""
+        module = self.lightning_module
+        assert module is not None
+        make_plan = partial(self._make_plan, batch, batch_idx)
+        if self._world is None:
+            self._plan = self.broadcast(make_plan())
+        else:
+            plan = agree_on_plan(make_plan, self._world, self._stage_ranks) if self.replica == 0 else None
+            if self.data_parallel_size > 1:  # which may see other shapes, but must cut alike
+                plan = self._world.all_gather(plan, "the plan of the first replica")[0]
+            self._plan = plan
+        assert self._plan is not None
+        rank_zero_info(f"{self.num_stages} {'virtual ' if self._virtual else ''}stages:\n{self._plan.table()}\n")
+        is_known = len(self._loaded_squares) == self.num_stages
+        squares = (self._loaded_squares if is_known else torch.zeros(self.num_stages)).to(self.root_device)
+        if self._world is None or self._transport is None:
+            self._begin_virtual(module, self._plan, squares)
+        else:
+            self._begin_stage(module, self._plan, squares, self._world, self._transport)
+
+    def _begin_virtual(self, module: LightningModule, plan: Plan, squares: Tensor) -> None:
+        copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
+        slots = ParameterSlots(module)
+        queues = GradientQueues(slots.parameters, plan, copies, self.optimizers)
+        virtual_scaler = self._exchange_scaler(lambda scaler: VirtualGradScaler(scaler, queues.stages))
+        notes = VirtualNotes(squares) if clips_by_norm(module) else None
+        sides = Sides(module, slots, plan) if self._options.tied == "ouroboros" and plan.shared else None
+        if sides is not None and (virtual_scaler is not None or self.data_parallel_size > 1):
+            raise MisconfigurationException(
+                "`tied='ouroboros'` works on one device and without a loss scale, but"
+                f" `data_parallel_size={self.data_parallel_size}` and `precision="
+                f"{self.precision_plugin.precision!r}`. Use `tied='aligned'`, or one device and another precision."
+            )
+        self._virtual_stages = VirtualStages(queues, notes, virtual_scaler, sides, slots, self._watch_updates(slots))
+
+    def _begin_stage(
+        self, module: LightningModule, plan: Plan, squares: Tensor, world: World, transport: Transport
+    ) -> None:
+        self._pipeline = Pipeline(
+            module,
+            self.optimizers,
+            plan,
+            self.device_mesh.get_group("stage"),
+            world,
+            transport,
+            self.root_device,
+            backward=self._options.backward,
+            seed=self._seed,
+            first_batch=module.trainer.fit_loop.epoch_loop.total_batch_idx,
+            message_dtype=self._options.message_dtype,
+        )
+        runner = self._pipeline.runner
+        runner.updates = self._watch_updates(runner.slots)
+        copies = [] if runner.shared is None else list(runner.shared.copies.values())
+        scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last, copies))
+        if clips_by_norm(module) or scaler is not None:
+            runner.messages.notes = StageNotes(self.stage, squares, clips_by_norm(module), scaler)
+        if self.data_parallel_size > 1:
+            broadcasts_buffers = self._ddp_kwargs.get("broadcast_buffers", True)
+            group = self.device_mesh.get_group("replica")
+            wait = self.wait_among_replicas
+            self._pipeline.average(group, self.wrap_in_ddp, wait, broadcasts_buffers, self.agree_on_wishes)
+        self._interception.use(runner)
+        self._evaluation = None  # what was planned with the whole model
+
+    def _watch_updates(self, slots: ParameterSlots) -> Updates | None:
+        """Let the remedies work that concern updates."""
+        if not self._options.remedies.concern_updates:
+            return None
+        delays = delays_of(self.num_stages)
+        by_parameter = {p: delays[self.plan.stage_of(name)[0]] for name, p in slots.parameters.items()}
+        optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
+        self._updates = Updates(self._options.remedies, optimizers, by_parameter, self._now)
+        return self._updates
+
+    def _now(self) -> Moment:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        accumulate = trainer.accumulate_grad_batches
+        return Moment(trainer.global_step, accumulate, trainer.fit_loop.batch_idx % accumulate, self._is_synchronous)
+
+    def _exchange_scaler(self, make: Callable[[GradScaler], _Scaler]) -> _Scaler | None:
+        """Let the precision plugin, if it scales losses, use what ``make`` makes of its scaler, until the end."""
+        plugin = self.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not plugin.scaler.is_enabled():
+            return None
+        self._undo_scaler = partial(_give_back, plugin, plugin.scaler)
+        plugin.scaler = scaler = make(plugin.scaler)
+        return scaler
+
+    def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
+        module = self.lightning_module
+        assert module is not None
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        batch = batch if self._feed is None else self._feed.read(batch)
+        args = (batch, batch_idx) if takes_index else (batch,)
+
+        def step(want: Callable[..., None]) -> Any:
+            logging = logging_nothing(module, want, with_loggers=True)
+            with self.step_alone(), self.precision_plugin.train_step_context(), logging:
+                return module.training_step(*copied_tensors(args))
+
+        with torch.enable_grad():
+            trace = trace_step(step, module, self.root_device, readers=(Metric,))
+        backward = self._options.backward
+        if backward != "stash" and trace.changed_frozen:
+            raise MisconfigurationException(
+                f"`backward={backward!r}` runs steps twice, but `training_step` changes frozen parameters in"
+                f" place, such as `{min(trace.changed_frozen)}`. Change them in a hook, or use `backward='stash'`."
+            )
+        return make_plan(trace, module, self.num_stages, self._options.split_at)
+
+    def _end_training(self) -> None:
+        if self._updates is not None:
+            self._updates.close()
+            self._updates = None
+
+    @override
+    def teardown(self) -> None:
+        self._end_training()
+        self._undo_scaler()
+        self._undo_scaler = _nothing
+        super().teardown()
+
+
+def _nothing() -> None: ...
+
+
+def _give_back(plugin: MixedPrecision, scaler: GradScaler) -> None:
+    assert plugin.scaler is not None
+    scaler.load_state_dict(plugin.scaler.state_dict())
+    plugin.scaler = scaler
