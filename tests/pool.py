@@ -150,15 +150,15 @@ def _work(pipe: Any, log: str) -> None:
             result = function(*args, **kwargs)
         except BaseException as error:
             result = Failure(error)
-        faulthandler.cancel_dump_traceback_later()
         clean = _ends_soon(lambda: any(thread.name.startswith("dgmp-") for thread in threading.enumerate()))
         if dist.is_initialized() and clean:  # what is at work in a thread cannot be destroyed
             dist.destroy_process_group()
         for name in environment:
             os.environ.pop(name, None)
+        if clean:
+            gc.collect()  # each process group has threads of its own, which wake up again and again
+        faulthandler.cancel_dump_traceback_later()
         pipe.send((result, clean))
-        del function, args, kwargs, result
-        gc.collect()  # each process group has threads of its own, which wake up again and again
 
 
 def _ends_soon(goes_on: Callable[[], bool]) -> bool:
@@ -173,7 +173,7 @@ def _ends_soon(goes_on: Callable[[], bool]) -> bool:
 def free_port() -> int:
     while True:
         with socket.socket() as probe:
-            port = random.randint(20000, 60000)
+            port = random.randint(12000, 32000)  # below those that the system gives to others
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
