@@ -60,6 +60,7 @@ def restore(parameter: nn.Parameter) -> None:
     assert isinstance(parameter, Shadow)
     shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
     parameter.__class__ = parameter.original
+    del parameter.whose, parameter.original
     parameter.data = torch.empty(shape, dtype=dtype, device=device)
 
 

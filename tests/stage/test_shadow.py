@@ -77,6 +77,7 @@ def test_a_shadow_becomes_what_it_was(layer: nn.Linear) -> None:
     restore(layer.weight)
     assert layer.weight is before
     assert type(layer.weight) is nn.Parameter
+    assert not vars(layer.weight)
     assert not layer.weight.requires_grad
     assert layer.weight.is_contiguous()
     assert layer.weight.untyped_storage().nbytes() == 4 * 35
