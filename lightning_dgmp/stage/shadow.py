@@ -27,6 +27,8 @@ class Shadow(nn.Parameter):
         name = getattr(func, "__name__", "")
         is_attribute = name in ("__get__", "__set__")
         name = getattr(getattr(func, "__self__", None), "__name__", "") if is_attribute else name
+        if name == "equal":  # asked by Lightning's finetuning callbacks to see whether two parameters are one
+            return args[0] is args[1]
         shadow = args[0] if args else None
         if not isinstance(shadow, Shadow) or name not in (_ATTRIBUTES if is_attribute else _METHODS):
             raise GhostError(_of(args, kwargs))

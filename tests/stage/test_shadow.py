@@ -35,6 +35,8 @@ def test_a_shadow_has_the_looks_and_one_element(layer: nn.Linear) -> None:
     assert weight.is_leaf
     assert weight in {weight}
     assert "`weight` of stage 3" in repr(layer.weight)
+    assert torch.equal(weight, layer.weight)
+    assert not torch.equal(layer.bias, weight)
 
 
 def test_a_shadow_can_be_frozen_and_moved(layer: nn.Linear) -> None:
