@@ -49,13 +49,12 @@ class StartingStrategy(EvaluatingStrategy):
 
     Args:
         *args: See :class:`~lightning_dgmp.evaluating.EvaluatingStrategy`.
-        options: How to train.
         **kwargs: See there.
     """
 
-    def __init__(self, *args: Any, options: Options, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._options = options
+        self._options = Options()
         self._undo_scaler: Callable[[], None] = _nothing
         self._reset_pipeline()
 

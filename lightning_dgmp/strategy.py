@@ -102,9 +102,8 @@ class DelayedMPStrategy(StartingStrategy):
     ) -> None:
         remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
         options = Options(virtual, split_at, backward, tied, message_dtype, remedies)
-        super().__init__(
-            num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, options=options, **kwargs
-        )
+        super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
+        self._options = options
         self._undo_callbacks: Callable[[], None] = _nothing
 
     # ----- setup

@@ -85,8 +85,9 @@ _ATTRIBUTES = frozenset(
 )
 _METHODS = frozenset(
     """
-    __len__ _has_compatible_shallow_copy_type cpu cuda detach dim element_size get_device is_complex is_contiguous
-    is_floating_point is_inference is_pinned is_shared ndimension nelement numel register_hook
-    register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset stride to type view_as
+    __len__ _has_compatible_shallow_copy_type cpu cuda data_ptr untyped_storage detach dim element_size get_device
+    is_complex is_contiguous is_floating_point is_inference is_pinned is_shared ndimension nelement numel
+    register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset stride to type
+    view_as
     """.split()  # noqa: SIM905
 )
