@@ -60,9 +60,11 @@ class VirtualStages:
             is_synchronous: Whether there is no delay in this iteration.
         """
         self._is_synchronous = is_synchronous
+        if self._sides is not None:  # which predictions do not go with
+            return self._sides.step()
         if self._updates is not None and self._slots is not None:
             return self._slots.holding(self._updates.predicted(self._slots.parameters))
-        return nullcontext() if self._sides is None else self._sides.step()
+        return nullcontext()
 
     @property
     def squares(self) -> Tensor | None:

@@ -104,6 +104,15 @@ def test_shared_parameters(pool: WorkerPool, remedy: str) -> None:
     assert ours.stages["gpt.tok_emb.weight"] == (0, 2)
 
 
+def test_the_rule_of_ouroboros_with_a_remedy(pool: WorkerPool) -> None:
+    strategy: dict[str, Any] = {"num_stages": 3, "virtual": True, "tied": "ouroboros"}
+    expected = pool.run(fit, 1, sharing.Tied, models.ragged_tokens, strategy, 1)[0]
+    over = pool.run(fit, 1, sharing.Tied, models.ragged_tokens, {**strategy, "lr_discount_steps": 1}, 1)[0]
+    assert_equal(over, expected, SGD)  # nothing is due in the first step, and then it is over
+    smaller = pool.run(fit, 1, sharing.Tied, models.ragged_tokens, {**strategy, "lr_discount_steps": 10**6}, 1)[0]
+    assert not torch.allclose(smaller.state["gpt.tok_emb.weight"], expected.state["gpt.tok_emb.weight"], atol=1e-4)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation and clipping": {"accumulate_grad_batches": 3, "gradient_clip_val": 0.3},
     "flushes": {"gradient_clip_val": 0.3, "val_check_interval": 5, "limit_train_batches": 20, "max_epochs": 2},
