@@ -107,10 +107,11 @@ def test_shared_parameters(pool: WorkerPool, remedy: str) -> None:
 def test_the_rule_of_ouroboros_with_a_remedy(pool: WorkerPool) -> None:
     strategy: dict[str, Any] = {"num_stages": 3, "virtual": True, "tied": "ouroboros"}
     expected = pool.run(fit, 1, sharing.Tied, models.ragged_tokens, strategy, 1)[0]
-    over = pool.run(fit, 1, sharing.Tied, models.ragged_tokens, {**strategy, "lr_discount_steps": 1}, 1)[0]
-    assert_equal(over, expected, SGD)  # nothing is due in the first step, and then it is over
     smaller = pool.run(fit, 1, sharing.Tied, models.ragged_tokens, {**strategy, "lr_discount_steps": 10**6}, 1)[0]
-    assert not torch.allclose(smaller.state["gpt.tok_emb.weight"], expected.state["gpt.tok_emb.weight"], atol=1e-4)
+    seed_everything(7, verbose=False)
+    begin = sharing.Tied().gpt.tok_emb.weight.detach()
+    far, near = ((o.state["gpt.tok_emb.weight"] - begin).norm() for o in (expected, smaller))
+    assert 0.2 * far < near < 0.8 * far
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
