@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad
@@ -16,17 +16,28 @@ from torch.optim import Optimizer
 
 from lightning_dgmp.host import LightningModule, MisconfigurationException, is_overridden
 
-__all__ = ["after_clipping", "clipping_by_total_norm", "clips_by_norm", "no_clipping_by_norm", "updated_by"]
+__all__ = ["Part", "after_clipping", "clip_by_total_norm", "clips_by_norm", "updated_by"]
 
-#: The parameters of a stage that the optimizer updates, and what tells the norm of all gradients.
-Part = tuple[Sequence[nn.Parameter], Callable[[], Tensor]]
+
+class Part(NamedTuple):
+    """A stage, as far as clipping is concerned.
+
+    Attributes:
+        parameters: Those that the optimizer updates.
+        total_norm: Tells the norm of the gradients of all stages, as far as this one knows it.
+        note: Is told by what the gradients were multiplied.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    total_norm: Callable[[], Tensor]
+    note: Callable[[Tensor], None]
 
 
 def clips_by_norm(module: LightningModule) -> bool:
     """Whether gradients are, or may be, clipped by norm."""
     trainer = module.trainer
     by_norm = str(trainer.gradient_clip_algorithm or "norm").lower().endswith("norm")
-    hooks = "configure_gradient_clipping", "on_before_optimizer_step"
+    hooks = "configure_gradient_clipping", "on_before_optimizer_step", "on_after_backward", "optimizer_step"
     return bool(trainer.gradient_clip_val and by_norm) or any(is_overridden(hook, module) for hook in hooks)
 
 
@@ -36,20 +47,28 @@ def updated_by(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Paramete
     return [parameter for parameter in parameters if parameter in updated]
 
 
-@contextmanager
-def clipping_by_total_norm(parts: Sequence[Part]) -> Iterator[None]:
-    """Let ``torch.nn.utils.clip_grad_norm_`` take the norm of all stages.
+def clip_by_total_norm(
+    parts: Callable[[], Sequence[Part]], gradients: Callable[[], Iterable[Tensor]]
+) -> Callable[[], None]:
+    """Let ``torch.nn.utils.clip_grad_norm_`` take the norm of all stages, from now on.
 
     Args:
-        parts: For each stage of this process; none: the norm is not known.
+        parts: The stages of this process now; none: the norm is not known.
+        gradients: Those that it concerns; what is called with others does what it always does.
+
+    Returns:
+        What undoes it.
     """
     norms: list[Tensor] = []
 
     def get_total_norm(
         tensors: Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, *args: Any
     ) -> Tensor:
+        tensors, known = list(tensors), parts()
         given = {id(grad) for grad in tensors}
-        if not parts:
+        if not any(id(grad) in given for grad in gradients()):
+            return measure(tensors, norm_type, error_if_nonfinite, *args)
+        if not known:
             raise MisconfigurationException(
                 "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other if they know"
                 " that it is wanted. Clip by `Trainer(gradient_clip_val=...)`, or in the LightningModule's hook"
@@ -60,14 +79,15 @@ def clipping_by_total_norm(parts: Sequence[Part]) -> Iterator[None]:
                 "`strategy='delayed_mp'` clips by the 2-norm of all gradients, or by value, but `norm_type="
                 f"{norm_type}`. Use `norm_type=2`."
             )
-        for own, total_norm in parts:
-            if not all(id(p.grad) in given for p in own if p.grad is not None):
+        norms.clear()
+        for part in known:
+            if not all(id(p.grad) in given for p in part.parameters if p.grad is not None):
                 raise MisconfigurationException(
                     "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other, but"
                     " `clip_grad_norm_` was called for some of the parameters. Pass it all that have gradients, as"
                     " `self.parameters()`."
                 )
-            norms.append(total_norm())
+            norms.append(part.total_norm())
             if error_if_nonfinite and not norms[-1].isfinite():
                 raise RuntimeError("The norm of all gradients is not finite, so they cannot be clipped.")
         return norms[-1]
@@ -76,26 +96,23 @@ def clipping_by_total_norm(parts: Sequence[Part]) -> Iterator[None]:
         if not any(total_norm is norm for norm in norms):
             scale(parameters, max_norm, total_norm, *args)
             return
-        for (own, _), norm in zip(parts, norms[-len(parts) :]):
-            scale([p for p in own if p.grad is not None], max_norm, norm, *args)
+        for part, norm in zip(parts(), norms):
+            scale([p for p in part.parameters if p.grad is not None], max_norm, norm, *args)
+            part.note((float(max_norm) / (norm + 1e-6)).clamp(max=1.0))
 
     measure, scale = clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_
     clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = get_total_norm, clip_grads_with_norm_  # type: ignore[assignment]
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = measure, scale
 
-
-def no_clipping_by_norm() -> Any:
-    """A context in which that is an error, because gradients are not yet what a step is made with."""
-    return clipping_by_total_norm([])
+    return undo
 
 
 @contextmanager
 def after_clipping(module: LightningModule, then: Callable[[], None]) -> Iterator[None]:
     """Call ``then()`` when Lightning or the user's hook has clipped the gradients, also if there is nothing to do."""
-    original = module.configure_gradient_clipping
+    own, original = module.__dict__.get("configure_gradient_clipping"), module.configure_gradient_clipping
 
     def configure_gradient_clipping(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
@@ -106,3 +123,5 @@ def after_clipping(module: LightningModule, then: Callable[[], None]) -> Iterato
         yield
     finally:
         del module.__dict__["configure_gradient_clipping"]
+        if own is not None:
+            module.__dict__["configure_gradient_clipping"] = own

@@ -48,10 +48,16 @@ class _DelayedGradScaler(GradScaler):
         assert self._scale is not None
         return self._scale
 
-    def _update_of_owner(self) -> None:
-        """Update the scale by what this stage has found, and by what others have told."""
+    def _update_of_owner(self, optimizer: Optimizer | None = None) -> None:
+        """Update the scale by what this stage has found, and by what others have told.
+
+        Args:
+            optimizer: If it has made no step with gradients here.
+        """
         told = (self.overflow <= self.scale_here).float()
-        next(iter(self._per_optimizer_states.values()))["found_inf_per_device"]["told"] = told
+        states = self._per_optimizer_states
+        state = next(iter(states.values())) if optimizer is None else states[id(optimizer)]
+        state["found_inf_per_device"]["told"] = told
         self.overflow = torch.full_like(self.overflow, math.inf)
         super().update()
 
@@ -83,6 +89,11 @@ class StageGradScaler(_DelayedGradScaler):
         if grads:
             torch._foreach_mul_(grads, factor)
         self._scale = scale.clone()
+
+    def update_without_gradients(self, optimizer: Optimizer) -> None:
+        """As ``update``, after a step of ``optimizer`` for which this stage has no gradients of its own."""
+        if self._is_owner:
+            self._update_of_owner(optimizer)
 
     def tell(self) -> Tensor:
         """The smallest scale that has overflowed since the last time, here or earlier."""
@@ -143,6 +154,7 @@ class VirtualGradScaler(_DelayedGradScaler):
         self._scales = [none] * len(stages)  # of the gradients that are due on each stage
         self._found = none  # in this iteration
         self._owner_has_found: Tensor | None = None  # in this update, if it has one
+        self._owner_is_due = False
 
     def remove_scale(self) -> Tensor:
         """Divide the gradients that a backward has left by the scale; returns the scale, to wait with them."""
@@ -156,6 +168,7 @@ class VirtualGradScaler(_DelayedGradScaler):
     def use(self, scales: Sequence[Tensor | None]) -> None:
         """Take over the scales of the gradients that are due now on each stage, if any."""
         self._scales = [old if new is None else new for old, new in zip(self._scales, scales)]
+        self._owner_is_due = scales[-1] is not None
 
     def _divide(self, parameters: Sequence[nn.Parameter], scale: Tensor) -> Tensor:
         """Divide gradients; returns a number above zero if one of them is not finite."""
@@ -173,7 +186,8 @@ class VirtualGradScaler(_DelayedGradScaler):
         for own, scale in zip(self._stages, self._scales):
             found = self._divide(own, ones)
             if own is owned:
-                self._owner_has_found = found if has_update else None
+                found_none = torch.zeros_like(found) if self._owner_is_due else None
+                self._owner_has_found = found if has_update else found_none
             if bool(found):
                 self._found = self._found if own is owned else torch.minimum(self._found, scale)
                 for parameter in own:  # so that its optimizer skips it

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dgmp.host import MisconfigurationException
+from lightning_dgmp.stage.shadow import Shadow
 
 __all__ = ["Moment", "Remedies", "Updates"]
 
@@ -56,12 +57,14 @@ class Moment(NamedTuple):
     """Where training is.
 
     ``step`` counts the steps of the optimizer, ``accumulate`` the batches of one, ``position`` those of the present one
-    that have been before; ``is_synchronous`` says that there are no delays yet.
+    that have been before, ``num_in_flight`` the batches since nothing was in flight; ``is_synchronous`` says that there
+    are no delays yet.
     """
 
     step: int
     accumulate: int
     position: int
+    num_in_flight: int
     is_synchronous: bool
 
 
@@ -119,7 +122,11 @@ class Updates:
         }
         for name, parameter in parameters.items():
             momentum, state = known.get(parameter, (0.0, {}))
-            num_updates = (moment.position + self._delays[parameter]) // moment.accumulate
+            end = (
+                moment.position + self._delays[parameter]
+            )  # when the gradient is there; the last batches bring updates
+            begin = end - min(self._delays[parameter], moment.num_in_flight)
+            num_updates = end // moment.accumulate - begin // moment.accumulate
             factor = sum(momentum**j for j in range(1, num_updates + 1))
             if factor and _KEY in state and parameter.requires_grad:
                 with torch.enable_grad():
@@ -132,14 +139,16 @@ class Updates:
         is_over = moment.step >= self._remedies.lr_discount_steps
         rests = is_over and not self._remedies.predict_weights and not self._remedies.correct_updates
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        delayed = [p for p in parameters if p.requires_grad and self._delays.get(p, 0) > 0]
+        here = [p for p in parameters if p.requires_grad and not isinstance(p, Shadow)]
+        delayed = [p for p in here if self._delays.get(p, 0) > 0]
         self._before = [] if rests or moment.is_synchronous else [(p, p.detach().clone()) for p in delayed]
 
     @torch.no_grad()
     def _change(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """After a step."""
         before, self._before = [(p, old) for p, old in self._before if p.grad is not None], []
-        if not before:
+        overflow = getattr(optimizer, "found_inf", None)  # of fused optimizers, which then do nothing
+        if not before or (overflow is not None and bool(overflow)):
             return
         parameters: list[Tensor] = [p for p, _ in before]
         old = [value for _, value in before]

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.clipping import clips_by_norm
+from lightning_dgmp.clipping import clip_by_total_norm, clips_by_norm
 from lightning_dgmp.evaluating import EvaluatingStrategy
 from lightning_dgmp.host import (
     LightningModule,
@@ -56,6 +56,7 @@ class StartingStrategy(EvaluatingStrategy):
         super().__init__(*args, **kwargs)
         self._options = Options()
         self._undo_scaler: Callable[[], None] = _nothing
+        self._undo_clipping: Callable[[], None] = _nothing
         self._reset_pipeline()
 
     def _reset_pipeline(self) -> None:
@@ -64,6 +65,7 @@ class StartingStrategy(EvaluatingStrategy):
         self._virtual_stages: VirtualStages | None = None
         self._updates: Updates | None = None
         self._is_synchronous = False
+        self._num_since_flush = 0  # batches
         self._evaluation = None
         self._seed = 0
         self._num_steps = 0
@@ -123,6 +125,9 @@ class StartingStrategy(EvaluatingStrategy):
             self._begin_virtual(module, self._plan, squares)
         else:
             self._begin_stage(module, self._plan, squares, self._world, self._transport)
+        stages = self._stages
+        assert stages is not None
+        self._undo_clipping = clip_by_total_norm(stages.parts, stages.gradients)
 
     def _begin_virtual(self, module: LightningModule, plan: Plan, squares: Tensor) -> None:
         copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
@@ -183,7 +188,9 @@ class StartingStrategy(EvaluatingStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         accumulate = trainer.accumulate_grad_batches
-        return Moment(trainer.global_step, accumulate, trainer.fit_loop.batch_idx % accumulate, self._is_synchronous)
+        position = trainer.fit_loop.batch_idx % accumulate
+        in_flight = max(self._num_since_flush - 1, 0)  # before the present one
+        return Moment(trainer.global_step, accumulate, position, in_flight, self._is_synchronous)
 
     def _exchange_scaler(self, make: Callable[[GradScaler], _Scaler]) -> _Scaler | None:
         """Let the precision plugin, if it scales losses, use what ``make`` makes of its scaler, until the end."""
@@ -220,6 +227,8 @@ class StartingStrategy(EvaluatingStrategy):
         if self._updates is not None:
             self._updates.close()
             self._updates = None
+        self._undo_clipping()
+        self._undo_clipping = _nothing
 
     @override
     def teardown(self) -> None:

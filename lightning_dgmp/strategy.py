@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dgmp.callbacks import adapt_callbacks
-from lightning_dgmp.clipping import after_clipping, clipping_by_total_norm, no_clipping_by_norm
+from lightning_dgmp.clipping import after_clipping
 from lightning_dgmp.flush import flush_batches
 from lightning_dgmp.host import (
     MisconfigurationException,
@@ -170,6 +170,7 @@ class DelayedMPStrategy(StartingStrategy):
                 )
         module = self.lightning_module
         assert module is not None
+        self._num_since_flush += not self._is_synchronous
         if runner is None:
             stages = self._virtual_stages
             with nullcontext() if stages is None else stages.step(self._is_synchronous):
@@ -224,8 +225,7 @@ class DelayedMPStrategy(StartingStrategy):
         elif runner is not None and runner.due:
             with self.step_among_replicas(), self.averaging():
                 runner.backward(of_loss, is_step)
-        with no_clipping_by_norm():
-            return self.precision_plugin.post_backward(loss, module)
+        return self.precision_plugin.post_backward(loss, module)
 
     @override
     def optimizer_step(
@@ -236,19 +236,21 @@ class DelayedMPStrategy(StartingStrategy):
         **kwargs: Any,
     ) -> Any:
         if self.runner is None:
-            with self._clipping():
-                return super().optimizer_step(optimizer, closure, model, **kwargs)
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
         module = self.lightning_module
         assert module is not None
         result = closure()
         exchange = partial(self._exchange_shared, optimizer)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            with self._clipping(), after_clipping(module, exchange):
+            with after_clipping(module, exchange):
                 return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
         # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
         # not cope with that, and a scheduler wants to see it.
         exchange()
         optimizer.step(lambda: result)
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if isinstance(scaler, StageGradScaler) and self.runner.has_run_backward:
+            scaler.update_without_gradients(optimizer)
         return result
 
     def _exchange_shared(self, optimizer: Optimizer) -> None:
@@ -257,10 +259,6 @@ class DelayedMPStrategy(StartingStrategy):
             scaler = getattr(self.precision_plugin, "scaler", None)
             is_skipped = isinstance(scaler, StageGradScaler) and scaler.has_overflowed(optimizer)
             self.runner.shared.exchange(is_skipped)
-
-    def _clipping(self) -> AbstractContextManager[None]:
-        """Around a step: clipping by norm takes that of all stages."""
-        return nullcontext() if self._stages is None else clipping_by_total_norm(self._stages.parts())
 
     def flush(self) -> None:
         """Run the outstanding backwards and steps, without new forwards, until nothing is in flight.
@@ -273,6 +271,7 @@ class DelayedMPStrategy(StartingStrategy):
                 "Training has failed, so the weights cannot be collected from the stages any more. Go on from the last"
                 " checkpoint."
             )
+        self._num_since_flush = 0
         if stages is not None and stages.begin_flush():
             if not self._is_synchronous:  # or nothing is in flight
                 flush_batches(self, stages)

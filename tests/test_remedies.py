@@ -19,7 +19,7 @@ class Descent:
     def __init__(self, remedies: dict[str, Any], delay: int, accumulate: int = 1, **options: Any) -> None:
         self.x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
         self.optimizer = torch.optim.SGD([self.x], **{"lr": 0.1, **options})
-        self.moment = Moment(0, accumulate, 0, False)
+        self.moment = Moment(0, accumulate, 0, 100, False)
         self.updates = Updates(Remedies(**remedies), [self.optimizer], {self.x: delay}, lambda: self.moment)
         self.delay, self.seen = delay, [1.0]  # with which weights forwards ran
 
@@ -74,6 +74,23 @@ def test_prediction_looks_ahead_by_updates() -> None:
         forwards.append(descent.forward())
     assert forwards[0] == now
     assert forwards[1] == forwards[2] == forwards[3] != now
+
+
+def test_prediction_looks_ahead_by_updates_that_come() -> None:
+    """After a flush nothing is in flight that would bring any."""
+    descent = Descent({"predict_weights": True}, 3, momentum=0.9)
+    descent.run(7)
+    now = float(descent.x.detach())
+    last = float(descent.optimizer.state[descent.x]["last_update"])
+    for num_in_flight, factor in (
+        (0, 0.0),
+        (1, 0.9),
+        (2, 0.9 + 0.81),
+        (3, 0.9 + 0.81 + 0.729),
+        (9, 0.9 + 0.81 + 0.729),
+    ):
+        descent.moment = descent.moment._replace(num_in_flight=num_in_flight)
+        assert descent.forward() == pytest.approx(now + factor * last, rel=1e-12)
 
 
 def test_nothing_is_predicted_without_delay_or_while_synchronous() -> None:

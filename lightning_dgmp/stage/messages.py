@@ -92,7 +92,7 @@ class Messages:
                     roots.append(root)
                     errors.append(error.to(root.dtype))
             if self.shared is not None:
-                for root, error in self.shared.roots(target, message.tensors[count:]):
+                for root, error in self.shared.roots(target, message.tensors[count:], record.parameters):
                     roots.append(root)
                     errors.append(error)
         return roots, errors

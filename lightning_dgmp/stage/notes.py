@@ -36,9 +36,11 @@ class StageNotes:
 
     def __init__(self, stage: int, squares: Tensor, norms: bool = True, scaler: StageGradScaler | None = None) -> None:
         self._stage, self.squares, self.takes_norms, self._scaler = stage, squares, norms, scaler
+        self._clipped: Tensor | float = 1.0  # by what gradients were multiplied since they were noted
 
     def note(self, gradients: Iterable[Tensor]) -> None:
         """Note the norm of this stage's gradients; without any, or if it overflows, the last one counts."""
+        self._clipped = 1.0
         if not self.takes_norms:
             return
         scale = None if self._scaler is None else self._scaler.scale_here
@@ -46,7 +48,11 @@ class StageNotes:
 
     def total_norm(self) -> Tensor:
         """The norm of the gradients of all stages, as far as this one knows."""
-        return self.squares.sum().sqrt()
+        return self.squares.sum().sqrt() * self._clipped
+
+    def note_clipping(self, factor: Tensor) -> None:
+        """Note by what the gradients were multiplied."""
+        self._clipped = self._clipped * factor
 
     def to_later(self) -> Tensor:
         """What goes with activations."""
@@ -85,6 +91,7 @@ class VirtualNotes:
         self.squares = self._earlier = squares
         self._told = deque([squares] * len(squares), len(squares))  # with errors, by iteration, the newest last
         self._is_synchronous = False
+        self._clipped: dict[int, Tensor] = {}  # by what gradients of a stage were multiplied since they were noted
 
     def begin(self) -> None:
         """Before an iteration, and before a flush: activations travel."""
@@ -97,7 +104,7 @@ class VirtualNotes:
 
         Only stages that have run a backward in it have sent errors. In a synchronous one they have arrived in it.
         """
-        self._is_synchronous = is_synchronous
+        self._is_synchronous, self._clipped = is_synchronous, {}
         for stage, own in enumerate(gradients):
             self.squares = _with(self.squares, stage, own)
         have_told = torch.tensor(had_backward, device=self.squares.device)
@@ -107,7 +114,12 @@ class VirtualNotes:
         """The norm of the gradients of all stages, as far as ``stage`` knows."""
         ages = [0 if self._is_synchronous else j - stage for j in range(stage + 1, len(self._earlier))]
         later = [self._told[-1 - age][j : j + 1] for j, age in enumerate(ages, stage + 1)]
-        return torch.cat((self._earlier[:stage], self.squares[stage : stage + 1], *later)).sum().sqrt()
+        squares = torch.cat((self._earlier[:stage], self.squares[stage : stage + 1], *later))
+        return squares.sum().sqrt() * self._clipped.get(stage, 1.0)
+
+    def note_clipping(self, stage: int, factor: Tensor) -> None:
+        """Note by what the gradients of ``stage`` were multiplied."""
+        self._clipped[stage] = self._clipped.get(stage, torch.ones_like(factor)) * factor
 
 
 def _with(squares: Tensor, stage: int, gradients: Sequence[Tensor], scale: Tensor | None = None) -> Tensor:

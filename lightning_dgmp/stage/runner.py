@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from lightning_dgmp.stage.notes import StageNotes
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
 from lightning_dgmp.stage.shared import SharedParameters
 from lightning_dgmp.stage.skip import Skips
-from lightning_dgmp.stage.snapshot import take_snapshot
+from lightning_dgmp.stage.snapshot import as_leaf, take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
 from lightning_dgmp.transport import ACTIVATIONS, Transport
 from lightning_dgmp.wire import Wish
@@ -106,6 +106,8 @@ class StageRunner:
         self._toggled = [(root.get_submodule(path).__dict__, name) for path, name in plan.toggled]
         self._forward: Forward | None = None
         self._is_backward = False
+        self.has_run_backward = False  # in this iteration
+        self._is_noted = False  # whether the norm of the gradients that are there is known
         self.averaging: Averaging | None = None  # if there are several replicas
         self.optimizers: Sequence[Optimizer] = ()
         self.updates: Updates | None = None  # if a remedy concerns them
@@ -121,11 +123,13 @@ class StageRunner:
 
     def _weights(self) -> dict[str, Tensor]:
         """With what a forward runs, apart from the weights of today."""
-        if self.mode == "replay":
+        if self.mode == "replay" and self.delay > 0:
             return {}
+        copies: Mapping[str, nn.Parameter] = {} if self.shared is None else self.shared.copies
         predicted = {} if self.updates is None else self.updates.predicted(self.own)
         others = {name: p for name, p in self.own.items() if name not in predicted} if self.delay > 0 else {}
-        return take_snapshot(others) | predicted
+        weights = take_snapshot(others) | predicted
+        return weights | {name: as_leaf(weights.get(name, copy)) for name, copy in copies.items()}
 
     def forward(self, step: Callable[[], Any]) -> Any:
         """Run this stage's part of ``step`` on the next batch and keep what its backward needs.
@@ -135,6 +139,7 @@ class StageRunner:
         """
         batch = self.num_forwards
         graph_later = self.mode != "stash" and self.delay > 0
+        self.has_run_backward = False
         record = InFlight(batch, step, self._weights())
         if graph_later:
             record.attributes = attributes_of_now(self.root)
@@ -209,10 +214,12 @@ class StageRunner:
                 stage alone.
             is_step: Whether a step of the optimizer follows.
         """
-        record = self.in_flight.popleft()
+        record, self.has_run_backward = self.in_flight.popleft(), True
         with ExitStack() as stack:
             if self.mode != "stash" and self.delay > 0:
                 forward = self._forward_of(record, keeps_inputs=False)
+                if self.mode == "replay" and self.shared is not None:
+                    record.parameters.update({name: as_leaf(copy) for name, copy in self.shared.copies.items()})
                 with torch.enable_grad(), record.attributes():  # it must read the same, and not count twice
                     self._run(forward)
                 record.received.clear()
@@ -226,7 +233,8 @@ class StageRunner:
                 of_loss() if self.is_last else self._backward_from_errors(record)
             finally:
                 self._is_backward = False
-        contributed = {} if self.shared is None else self.shared.take()
+        contributed = {} if self.shared is None else self.shared.take(record.parameters)
+        self._is_noted = is_step
         if is_step:
             self.note_norm()
         self.messages.send_errors(record, contributed)
@@ -250,8 +258,13 @@ class StageRunner:
 
     def parts(self) -> list[Part]:
         """This stage's parameters, and what tells the norm of all gradients as far as it knows; none: unknown."""
-        is_known = self.notes is not None and self.notes.takes_norms
-        return [(self._updated(), self.notes.total_norm)] if is_known and self.notes is not None else []
+        if self.notes is None or not self.notes.takes_norms or not self._is_noted:
+            return []
+        return [Part(self._updated(), self.notes.total_norm, self.notes.note_clipping)]
+
+    def gradients(self) -> list[Tensor]:
+        """What is ``.grad`` now."""
+        return [p.grad for p in self.own.values() if p.grad is not None]
 
     def _updated(self) -> list[nn.Parameter]:
         return updated_by(self.optimizers, self.own.values())
@@ -268,6 +281,7 @@ class StageRunner:
             is_open: Whether the present gradients wait for a step.
             is_step: Whether one follows.
         """
+        self.has_run_backward = False
         if self.shared is not None:
             self.shared.drain()
         if self.in_flight:
@@ -275,6 +289,7 @@ class StageRunner:
         elif is_step and is_open:  # without a backward that would reduce what has added up
             if self.averaging is not None:
                 self.averaging.reduce_kept()
+            self._is_noted = True
             self.note_norm()
 
     def note_norm(self) -> None:

@@ -34,7 +34,7 @@ class Shadow(nn.Parameter):
             raise GhostError(_of(args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out is not shadow and name not in ("grad", "grad_fn"):
+            if isinstance(out, Tensor) and out is not shadow and name not in _OWN:
                 out = out.as_subclass(Shadow)
                 out.whose, out.original = shadow.whose, shadow.original
         return out
@@ -78,16 +78,23 @@ def _of(args: Any, kwargs: Any) -> str:
 
 _ATTRIBUTES = frozenset(
     """
-    data device dtype grad grad_fn is_cpu is_cuda is_leaf is_meta is_mkldnn is_mps is_nested is_quantized is_sparse
-    is_xpu itemsize layout names nbytes ndim requires_grad retains_grad shape _backward_hooks _version
-    _post_accumulate_grad_hooks
+    H T data device dtype grad grad_fn is_cpu is_cuda is_ipu is_leaf is_meta is_mkldnn is_mps is_mtia is_nested
+    is_quantized is_sparse is_sparse_csr is_xla is_xpu itemsize layout mH mT name names nbytes ndim output_nr
+    requires_grad retains_grad shape _backward_hooks _base _post_accumulate_grad_hooks _version
     """.split()  # noqa: SIM905
 )
-_METHODS = frozenset(
+# What has values of its own.
+_OWN = frozenset(
     """
-    __len__ _has_compatible_shallow_copy_type cpu cuda data_ptr untyped_storage detach dim element_size get_device
-    is_complex is_contiguous is_floating_point is_inference is_pinned is_shared ndimension nelement numel
-    register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size storage_offset stride to type
-    view_as
+    empty_like full_like grad grad_fn new_empty new_full new_ones new_tensor new_zeros ones_like rand_like randn_like
+    zeros_like
+    """.split()  # noqa: SIM905
+)
+_METHODS = _OWN | frozenset(
+    """
+    __len__ _has_compatible_shallow_copy_type cpu cuda data_ptr dense_dim detach dim element_size flatten get_device
+    is_complex is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_same_size is_shared is_signed
+    ndimension nelement numel permute register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size
+    storage_offset stride t to transpose type untyped_storage view view_as
     """.split()  # noqa: SIM905
 )

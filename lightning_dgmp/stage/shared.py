@@ -66,7 +66,7 @@ class SharedParameters:
         self._delays = {home: delays[home] for home in [*self._homes, *([stage] if self._holders else [])]}
         self._in_flight = dict.fromkeys(self._delays, 0)  # on each home
         self._open = dict.fromkeys(self._delays, False)  # whether it has run a backward since the last step
-        self._num_exchanges = 0
+        self._iteration = 0
         transport.share({(stages[0], holder) for stages in plan.shared.values() for holder in stages[1:]})
 
     @property
@@ -76,6 +76,7 @@ class SharedParameters:
 
     def iterate(self, is_synchronous: bool) -> None:
         """Count an iteration with a forward."""
+        self._iteration += 1
         for home, delay in self._delays.items():
             self._in_flight[home] += 1
             if is_synchronous or self._in_flight[home] > delay:
@@ -84,24 +85,30 @@ class SharedParameters:
 
     def drain(self) -> None:
         """Count an iteration of a flush."""
+        self._iteration += 1
         for home, count in self._in_flight.items():
             if count:
                 self._in_flight[home] -= 1
                 self._open[home] = True
 
-    def roots(self, source: int, contributions: Iterable[Tensor | None]) -> Iterable[tuple[Tensor, Tensor]]:
-        """What came with errors from a later stage: where a backward should begin too, and with which errors."""
+    def roots(
+        self, source: int, contributions: Iterable[Tensor | None], weights: Mapping[str, Tensor]
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """What came with errors from a later stage: where a backward should begin too, and with which errors.
+
+        Args:
+            source: The stage.
+            contributions: What it sent.
+            weights: With what this stage has run the batch.
+        """
         for name, contribution in zip(self._later.get(source, ()), contributions):
-            parameter = self._own[name]
+            parameter = weights[name] if name in self.copies else self._own[name]
             if contribution is not None and parameter.requires_grad:
                 yield parameter.view_as(parameter), contribution
 
-    def take(self) -> dict[str, Tensor | None]:
-        """After a backward: what this stage contributes to the gradients of copies, which is taken away from them."""
-        taken = {name: copy.grad for name, copy in self.copies.items()}
-        for copy in self.copies.values():
-            copy.grad = None
-        return taken
+    def take(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """After a backward: what this stage contributes, from the ``weights`` of the copies that it ran with."""
+        return {name: weights[name].grad for name in self.copies}
 
     def contributions(self, taken: Mapping[str, Tensor | None], target: int) -> list[Tensor | None]:
         """What goes with the errors to an earlier stage."""
@@ -116,14 +123,13 @@ class SharedParameters:
         for holder, names in self._holders.items():
             if self._open[self._stage]:
                 grads = [None if is_skipped or (g := self._own[name].grad) is None else g.clone() for name in names]
-                self._transport.send(SHARED, holder, Message(self._num_exchanges, 0, grads))
+                self._transport.send(SHARED, holder, Message(self._iteration, 0, grads))
         for home, names in self._homes.items():
             if self._open[home]:
-                message = self._transport.receive(SHARED, home, self._num_exchanges)
+                message = self._transport.receive(SHARED, home, self._iteration)
                 for name, grad in zip(names, message.tensors):
                     self._own[name].grad = grad
         self._open = dict.fromkeys(self._open, False)
-        self._num_exchanges += 1
 
     def check(self) -> None:
         """At the end of a flush: compare copies with their homes.
@@ -133,9 +139,9 @@ class SharedParameters:
         """
         for holder, names in self._holders.items():
             sums = torch.stack([_checksum(self._own[name]) for name in names])
-            self._transport.send(SHARED, holder, Message(self._num_exchanges, 0, [sums], flush=True))
+            self._transport.send(SHARED, holder, Message(self._iteration, 0, [sums], flush=True))
         for home, names in self._homes.items():
-            message = self._transport.receive(SHARED, home, self._num_exchanges, flush=True)
+            message = self._transport.receive(SHARED, home, self._iteration, flush=True)
             assert message.tensors[0] is not None
             for name, theirs in zip(names, message.tensors[0].tolist()):
                 if _checksum(self._own[name]).item() != theirs:

@@ -78,7 +78,8 @@ class Sides:
         if outside:
             raise GhostError(
                 f"`tied='ouroboros'` must know which stage uses a shared parameter, but `{outside[0]}` is used outside"
-                " of the modules that stages own. Use it in a module, or choose `tied='aligned'`."
+                " of the modules that stages own, or in one of which several stages run parts. Use it in a module and"
+                " cut elsewhere by `split_at`, or choose `tied='aligned'`."
             )
         return self._gradients
 

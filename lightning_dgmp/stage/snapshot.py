@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["take_snapshot"]
+__all__ = ["as_leaf", "take_snapshot"]
 
 
 def take_snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -19,3 +19,8 @@ def take_snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """
     with torch.enable_grad():
         return {name: p.clone() if p.requires_grad else p.detach() for name, p in parameters.items()}
+
+
+def as_leaf(weight: Tensor) -> Tensor:
+    """``weight`` with a ``.grad`` of its own, so that hooks on the parameter see nothing of it."""
+    return weight.detach().requires_grad_(weight.requires_grad)

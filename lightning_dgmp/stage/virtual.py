@@ -51,7 +51,8 @@ class VirtualStages:
     ) -> None:
         self._queues, self._notes, self._scaler, self._sides = queues, notes, scaler, sides
         self._slots, self._updates = slots, updates
-        self._is_synchronous = self._has_run = False
+        self._is_synchronous = self._has_run = self._is_noted = False
+        self._held: dict[str, Tensor] = {}  # with what the forward has run
 
     def step(self, is_synchronous: bool) -> AbstractContextManager[None]:
         """Around a step of the user's code.
@@ -63,7 +64,8 @@ class VirtualStages:
         if self._sides is not None:  # which predictions do not go with
             return self._sides.step()
         if self._updates is not None and self._slots is not None:
-            return self._slots.holding(self._updates.predicted(self._slots.parameters))
+            self._held = self._updates.predicted(self._slots.parameters)
+            return self._slots.holding(self._held)
         return nullcontext()
 
     @property
@@ -74,8 +76,14 @@ class VirtualStages:
     def parts(self) -> list[Part]:
         """The parameters of each stage, and what tells the norm of all gradients as far as it knows; none: unknown."""
         notes = self._notes
-        stages = self._queues.updated()
-        return [] if notes is None else [(own, partial(notes.total_norm, k)) for k, own in enumerate(stages)]
+        if notes is None or not self._is_noted:
+            return []
+        stages = enumerate(self._queues.updated())
+        return [Part(own, partial(notes.total_norm, k), partial(notes.note_clipping, k)) for k, own in stages]
+
+    def gradients(self) -> list[Tensor]:
+        """What is ``.grad`` now."""
+        return [p.grad for own in self._queues.stages for p in own if p.grad is not None]
 
     def iterate(self, of_loss: Callable[[], Any], is_step: bool) -> None:
         """Run the backward of today's batch by ``of_loss``, and let the due gradients be ``.grad``.
@@ -86,7 +94,8 @@ class VirtualStages:
         """
         self._begin()
         self._queues.set_aside()
-        of_loss()
+        with nullcontext() if self._slots is None else self._slots.holding(self._held):  # what runs again sees them too
+            of_loss()
         sides = None if self._sides is None else self._sides.take()
         scale = None if self._scaler is None else self._scaler.remove_scale()
         self._queues.exchange(scale, sides, self._is_synchronous)
@@ -134,6 +143,7 @@ class VirtualStages:
         if self._scaler is not None:
             self._scaler.use(queues.scales)
         if self._notes is not None:
+            self._is_noted = is_step
             gradients = queues.gradients() if is_step else [[]] * len(queues.stages)
             self._notes.note(gradients, queues.had_backward, self._is_synchronous)
 
@@ -230,7 +240,7 @@ class GradientQueues:
             nothing: tuple[Tensor | None, list[Tensor | None]] = None, [None] * len(parameters)
             self.scales[stage], due = waiting.popleft() if len(waiting) > delay else nothing
             for parameter, grad in zip(parameters, due):
-                parameter.grad = _sum(self._kept.get(parameter), grad) if parameter.requires_grad else None
+                parameter.grad = _sum(self._kept.get(parameter), grad if parameter.requires_grad else None)
         due_sides = [w.popleft() if len(w) > delay else {} for w, delay in zip(self._waiting_sides, stay)]
         for name, (parameter, stages) in self._shared.items():
             for stage in stages if parameter.requires_grad else ():

@@ -88,8 +88,18 @@ class ClipsInHook(models.MLP):
     def on_after_backward(self) -> None:
         self.clip("on_after_backward")
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self.hook != "optimizer_step":
+            optimizer.step(optimizer_closure)
+        else:
+            optimizer_closure()
+            self.clip("optimizer_step")
+            optimizer.step()
 
-@pytest.mark.parametrize("hook", ["configure_gradient_clipping", "on_before_optimizer_step"])
+
+@pytest.mark.parametrize(
+    "hook", ["configure_gradient_clipping", "on_before_optimizer_step", "on_after_backward", "optimizer_step"]
+)
 def test_clipping_by_another_name_in_hooks(pool: WorkerPool, hook: str) -> None:
     args: dict[str, Any] = {"module_args": {"hook": hook}}
     expected = pool.run(fit, 1, ClipsInHook, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
@@ -108,10 +118,27 @@ def fit_with_callback(devices: int, strategy: dict[str, Any]) -> None:
 @pytest.mark.parametrize("virtual", [False, True])
 def test_clipping_where_norms_are_not_known_is_refused(pool: WorkerPool, virtual: bool) -> None:
     strategy, devices = {"num_stages": 2, "virtual": virtual}, 1 if virtual else 2
-    args = {"module_args": {"hook": "on_after_backward"}}
-    results = pool.try_run(fit, devices, ClipsInHook, models.vectors, strategy, devices, **args)
-    results += pool.try_run(fit_with_callback, devices, devices, strategy)
+    results = pool.try_run(fit_with_callback, devices, devices, strategy)
     assert all("in the LightningModule's hook `configure_gradient_clipping`" in result.message for result in results)
+
+
+class ClipsTwice(models.MLP):
+    """Measures what is left the second time."""
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        clip_grad_norm_(self.parameters(), MAX_NORM)
+        self.log("norm", clip_grad_norm_(self.parameters(), MAX_NORM, foreach=True))
+
+
+def test_clipping_twice_is_clipping_once(pool: WorkerPool) -> None:
+    for strategy, devices in (({"num_stages": 3}, 3), ({"num_stages": 3, "virtual": True}, 1)):
+        twice = pool.run(fit, devices, ClipsTwice, models.vectors, strategy, devices)[0]
+        args: dict[str, Any] = {"gradient_clip_val": MAX_NORM}
+        once = pool.run(fit, devices, models.MLP, models.vectors, strategy, devices, **args)[0]
+        for name, value in once.state.items():
+            torch.testing.assert_close(twice.state[name], value, rtol=1e-5, atol=1e-6)
+        norms = [row["norm"] for _, row in twice.rows if "norm" in row]
+        assert max(norms) < MAX_NORM * 1.0001
 
 
 class TrainsAPart(models.MLP):

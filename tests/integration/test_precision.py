@@ -183,6 +183,25 @@ def test_processes_scale_as_virtual_stages(
     assert ours[0].scale < 2.0**20
 
 
+class FrozenEnd(Overflowing):
+    """The last stage, which owns the scale, trains nothing."""
+
+    def __init__(self, where: int = 0, **kwargs: Any) -> None:
+        super().__init__(where, **kwargs)
+        nn.ModuleList([*self.layers[2:], self.out]).requires_grad_(False)
+
+
+def test_the_scale_of_a_stage_that_trains_nothing(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"where": 0, "module": FrozenEnd, "scale": 2.0**20}
+    ours = pool.run(fit_scaled, 2, 2, **args)[0]
+    assert_same(ours, pool.run(fit_scaled, 1, 2, True, **args)[0])
+    assert ours.scale < 2.0**19
+    args = {"where": 9, "module": FrozenEnd, "scale": 2.0**10}
+    ours = pool.run(fit_scaled, 2, 2, **args)[0]
+    assert_same(ours, pool.run(fit_scaled, 1, 2, True, **args)[0])
+    assert ours.scale >= 2.0**14  # without an overflow
+
+
 @pytest.mark.parametrize("where", [0, 1, 2, 3])
 @pytest.mark.parametrize(("num_stages", "replicas"), [(2, 1), (4, 1), (2, 2)])
 def test_a_shared_parameter_is_skipped_with_its_home(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 
 from lightning_dgmp import DelayedMPStrategy
 from lightning_dgmp.optim import RotatedAdamW
@@ -131,6 +131,45 @@ def test_trainer_arguments(pool: WorkerPool, options: str) -> None:
 
 def test_recompute(pool: WorkerPool) -> None:
     assert_equal(*both(pool, 3, {**REMEDIES["together"], "backward": "recompute"}), SGD)
+
+
+class Unfreezes(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze([pl_module.inp])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group([pl_module.inp], optimizer, lr=0.01)
+
+
+def fit_finetuning(num_stages: int, devices: int, virtual: bool) -> Outcome:
+    strategy = {"num_stages": num_stages, "virtual": virtual, **REMEDIES["together"]}
+    args: dict[str, Any] = {"module_args": {"optimizer": "momentum"}, "callbacks": [Unfreezes()], "max_epochs": 2}
+    return fit(models.MLP, models.vectors, strategy, devices, **args)
+
+
+def test_parameter_groups_that_are_added(pool: WorkerPool) -> None:
+    assert_equal(pool.run(fit_finetuning, 3, 3, 3, False)[0], pool.run(fit_finetuning, 1, 3, 1, True)[0], SGD)
+
+
+class Checkpoints(models.MLP):
+    """Runs layers again in the backward, with the weights of the forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.inp(x))
+        for layer in self.hidden:
+            x = torch.tanh(torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False))
+        return self.out(x)
+
+
+def test_activation_checkpointing(pool: WorkerPool) -> None:
+    strategy, args = {"num_stages": 3, "predict_weights": True}, {"module_args": {"optimizer": "momentum"}}
+    ours = pool.run(fit, 3, Checkpoints, models.vectors, strategy, 3, **args)[0]
+    expected = pool.run(fit, 1, Checkpoints, models.vectors, {**strategy, "virtual": True}, 1, **args)[0]
+    assert_equal(ours, expected, SGD)
+    plain = pool.run(fit, 1, models.MLP, models.vectors, {**strategy, "virtual": True}, 1, **args)[0]
+    if plain.plan == expected.plan:
+        assert_equal(expected, plain, SGD)
 
 
 class Rotated(models.MLP):

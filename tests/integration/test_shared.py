@@ -83,6 +83,42 @@ def test_processes_equal_virtual_stages(pool: WorkerPool, name: str, num_stages:
     assert_equal(processes(pool, name, num_stages, **args), virtual(pool, name, num_stages, **args), tolerance(name))
 
 
+class Hooked(sharing.Tied):
+    """A hook on the shared parameter concerns its whole gradient, once."""
+
+    def on_fit_start(self) -> None:
+        self.gpt.tok_emb.weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01) * 0.5)
+
+
+@pytest.mark.parametrize("backward", ["stash", "recompute"])
+def test_hooks_on_the_parameter(pool: WorkerPool, backward: str) -> None:
+    strategy = {"num_stages": 3, "backward": backward}
+    ours = pool.run(fit, 3, Hooked, models.ragged_tokens, strategy, 3)[0]
+    expected = pool.run(fit, 1, Hooked, models.ragged_tokens, {"num_stages": 3, "virtual": True}, 1)[0]
+    assert_equal(ours, expected, SGD)
+
+
+def test_replay_runs(pool: WorkerPool) -> None:
+    outcome = processes(pool, "one bias", 3, backward="replay")
+    assert all(value.isfinite().all() for value in outcome.state.values())
+
+
+class ClipsByItself(sharing.Tied):
+    def on_fit_start(self) -> None:
+        self.count = 0
+        self.configure_gradient_clipping = self.clip  # type: ignore[method-assign]
+
+    def clip(self, *args: Any, **kwargs: Any) -> None:
+        self.count += 1
+
+    def on_train_end(self) -> None:
+        assert self.count > 20
+
+
+def test_a_hook_of_the_instance_stays(pool: WorkerPool) -> None:
+    pool.run(fit, 2, ClipsByItself, models.ragged_tokens, {"num_stages": 2}, 2)
+
+
 @pytest.mark.parametrize("name", ["tied", "one bias", "layers between"])
 def test_adamw(pool: WorkerPool, name: str) -> None:
     args = {"module_args": {"optimizer": "adamw"}}

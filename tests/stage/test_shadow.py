@@ -39,6 +39,17 @@ def test_a_shadow_has_the_looks_and_one_element(layer: nn.Linear) -> None:
     assert not torch.equal(layer.bias, weight)
 
 
+def test_questions_of_shape_are_answered(layer: nn.Linear) -> None:
+    weight = layer.weight
+    zeros = torch.zeros_like(weight)
+    zeros += 1
+    assert float(zeros.sum()) == 35
+    assert weight.new_zeros(2).sum() == 0
+    assert (weight.T.shape, weight.flatten().shape, weight.view(-1).shape) == ((7, 5), (35,), (35,))
+    with pytest.raises(GhostError, match="`weight` of stage 3"):
+        weight.T.sum()
+
+
 def test_a_shadow_can_be_frozen_and_moved(layer: nn.Linear) -> None:
     layer.requires_grad_(False)
     assert not layer.weight.requires_grad
