@@ -158,8 +158,9 @@ _LEGEND = """\
 - *Batches to the same loss*: the updates to the loss that one stage, with the same model, optimizer, seed and its own
   best learning rate, has at 80 percent of its updates, divided by these 80 percent. In brackets the single seeds.
   `> 1.25`: not reached until the end.
-- *Batches a second* are relative to one process, from the table "Measured" of the README: K = 2 measured on two cores,
-  all others emulated by blocks that sleep. Remedies cost some passes over the parameters, which is not in this figure.
+- *Batches a second* are relative to one process, from the table "Measured" of the README: for K = 2 measured on two
+  cores with 12 blocks, for K = 4 and 8 emulated by 16 blocks that sleep, for the two regimes emulated by as many blocks
+  as they have. What remedies and optimizers cost in time is not in these figures.
 - *Speed-up in time* is the quotient of both. Updates of a synchronous beginning count as those of one process.
 - A learning rate with `?` is the best of an unfinished search. Rates differ by factors of 2, so a method may be a
   little better than it looks here, and so may one stage.

@@ -65,6 +65,9 @@ class Curve(Callback):
     Args:
         text: The validation text.
         every: Updates between two points.
+
+    Attributes:
+        values: The points.
     """
 
     def __init__(self, text: bytes, every: int) -> None:
@@ -74,7 +77,7 @@ class Curve(Callback):
         whole = StreamSegments(streams, _NUM_STREAMS, LENGTH)
         items = torch.stack([whole[i] for i in range(segments * _NUM_STREAMS)])
         self._batches = items.view(segments, _NUM_STREAMS, LENGTH + 1)
-        self._every, self._last = every, 0
+        self.every, self._last = every, 0
         self.values: list[float] = []
 
     def on_train_batch_end(
@@ -82,7 +85,7 @@ class Curve(Callback):
     ) -> None:
         """Measure, if an update is done and it is time."""
         step = trainer.global_step
-        if step == self._last or step % self._every:
+        if step == self._last or step % self.every:
             return
         self._last = step
         self.values.append(self.measure(pl_module))
@@ -130,9 +133,11 @@ def train(setting: Setting, data: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     trainer.fit(model, _make_data(setting, corpus))
     seconds = time.perf_counter() - begin
+    if trainer.global_step < setting.updates and all(map(math.isfinite, curve.values)):
+        raise RuntimeError(f"The run ended after {trainer.global_step} of {setting.updates} updates: {setting}")
     return {
         **setting.as_dict(),
-        "every": curve._every,
+        "every": curve.every,
         "bpc": _rounded(curve.values),
         "final": _rounded(curve.values[-1:])[0],
         "tokens_per_update": setting.rows * LENGTH,
