@@ -32,6 +32,7 @@ _REMEDIES: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "paper's rule": lambda s: {"tied_rule": "ouroboros"},
     "small tied steps": lambda s: {"tied_lr_factor": 0.25},
     "large embeddings": lambda s: {"embedding_scale": 3.0},
+    "twice the updates": lambda s: {"updates": 2 * s.updates},
 }
 
 
@@ -227,4 +228,10 @@ GROUPS = (
         _bare_and_best(4, layers=64, width=32, rows=8, updates=600),
     ),
     Group("12-layers", "12 layers on 11 stages", "Untied.", _bare_and_best(11, layers=12)),
+    Group(
+        "longer",
+        "What the delay costs without remedy, if there is time for it",
+        "Untied. Compared with one stage and half of the updates.",
+        _cells(["adamw"], (8, 4), ["twice the updates"]),
+    ),
 )

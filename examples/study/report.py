@@ -65,7 +65,7 @@ def _how(results: Results) -> str:
     hours = sum(row["seconds"] for row in rows) / 3600
     return (
         f"Made by `examples/study/report.py` from `results.jsonl`, which `examples/study/run.py` has written: {done} of"
-        f" {planned} planned runs, {hours:.1f} hours of one core.{missing} Text: {'; '.join(texts)}. Its bits per"
+        f" {planned} planned runs, {hours:.1f} hours of one thread on a shared machine.{missing} Text: {'; '.join(texts)}. Its bits per"
         f" character must not be set beside published ones. Software: {'; '.join(versions)}."
     )
 
