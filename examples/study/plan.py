@@ -17,8 +17,8 @@ from study.results import Results
 from study.setting import Setting
 
 __all__ = [
-    "GROUPS", "RECOMMENDED", "SEEDS", "Cell", "Group", "best_runs", "is_tuned", "make_cell", "missing_rates",
-    "missing_rows", "progress",
+    "GROUPS", "RECOMMENDED", "RECOMMENDED_CODE", "SEEDS", "Cell", "Group", "best_runs", "is_tuned", "make_cell",
+    "missing_rates", "missing_rows", "progress",
 ]  # fmt: skip
 
 SEEDS = (0, 1)  # the first finds the learning rate, the others repeat it
@@ -29,6 +29,7 @@ _REMEDIES: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "correction": lambda s: {"correct_updates": True},
     "synchronous beginning": lambda s: {"synchronous_steps": s.updates // 20},  # as long as the warm-up
     "accumulation": lambda s: {"microbatches": 2 ** math.ceil(math.log2(s.stages))},  # at least as many as stages
+    "double accumulation": lambda s: {"microbatches": 2 * 2 ** math.ceil(math.log2(s.stages))},
     "paper's rule": lambda s: {"tied_rule": "ouroboros"},
     "small tied steps": lambda s: {"tied_lr_factor": 0.25},
     "large embeddings": lambda s: {"embedding_scale": 3.0},
@@ -140,80 +141,90 @@ def _best_rate(finals: Mapping[float, float]) -> float:
 
 
 def _cells(optimizers: Iterable[str], stages: Iterable[int], methods: Iterable[str], **setting: Any) -> list[Cell]:
-    """A cell of each. Where AdamW meets a long delay, the search begins lower: that saves runs, and changes nothing."""
-    lower = {4: 2e-3, 8: 1e-3, 11: 1e-3}
+    """A cell of each. Where a long delay is felt, the search begins lower: that saves runs, and changes nothing."""
     return [
-        make_cell(
-            method,
-            optimizer=optimizer,
-            stages=k,
-            lr=lower.get(k, 4e-3) if optimizer == "adamw" and "accumulation" not in method else 4e-3,
-            **setting,
-        )
+        make_cell(method, optimizer=optimizer, stages=k, lr=_first_rate(optimizer, k, method), **setting)
         for k in stages
         for optimizer in optimizers
         for method in methods
     ]
 
 
+def _first_rate(optimizer: str, stages: int, method: str) -> float:
+    rate = 4e-3 if optimizer in ("adamw", "nadamw") else 8e-3
+    return rate if stages <= 2 or "accumulation" in method else rate / 2 if stages <= 4 else rate / 4
+
+
 _REMEDIES_ALONE = ("prediction", "discount", "correction", "synchronous beginning", "accumulation")
 _BOTH = ("adamw", "rotated")
 
-RECOMMENDED = ("rotated", "accumulation")  # optimizer and method
+RECOMMENDED = ("rotated", "correction + accumulation")  # optimizer and method
+RECOMMENDED_CODE = """\
+Trainer(strategy=DelayedMPStrategy(num_stages=K, correct_updates=True), accumulate_grad_batches=K)  # or a little more
+RotatedAdamW([{"params": hidden_matrices}, {"params": all_others, "rotate": False}], lr=lr, weight_decay=0.0)"""
+
+
+def _best(stages: Iterable[int], **setting: Any) -> list[Cell]:
+    """What is recommended."""
+    optimizer, method = RECOMMENDED
+    return _cells([optimizer], stages, [method], **setting)
 
 
 def _bare_and_best(stages: int, **setting: Any) -> list[Cell]:
     """Plain AdamW and what is recommended, each beside one stage."""
-    bare = _cells(["adamw"], (1, stages), ["bare"], **setting)
-    optimizer, method = RECOMMENDED
-    return bare + _cells([optimizer], [1], ["bare"], **setting) + _cells([optimizer], [stages], [method], **setting)
+    return (
+        _cells(["adamw"], (1, stages), ["bare"], **setting)
+        + _cells([RECOMMENDED[0]], [1], ["bare"], **setting)
+        + _best([stages], **setting)
+    )
 
 
 GROUPS = (
     Group("bare", "Without remedy", "Untied.", _cells(_BOTH, (1, 8, 4), ["bare"])),
-    Group("accumulation", "Accumulation", "Untied.", _cells(("rotated", "adamw"), (8, 4), ["accumulation"])),
+    Group("best", "What is recommended", "Untied.", _best((8, 4, 2))),
     Group(
         "tied",
         "Tied embeddings",
         "",
-        _cells(_BOTH, (1, 4, 8), ["bare"], tied=True) + _cells(_BOTH, (8, 4), ["accumulation"], tied=True),
+        _cells(["rotated"], [1], ["bare"], tied=True)
+        + _best((8, 4), tied=True)
+        + _cells(["adamw"], (1, 4, 8), ["bare"], tied=True)
+        + _cells(["rotated"], (8, 4), ["bare"], tied=True),
     ),
     Group(
         "tied-remedies",
-        "Tied embeddings: where the cost comes from",
-        "",
+        "Tied embeddings with AdamW: where the cost comes from",
+        "Large embeddings: tokens enter the first block 3 times as large, beside their positions.",
         _cells(["adamw"], [1], ["large embeddings"], tied=True)
-        + _cells(["adamw"], [4], ("large embeddings", "synchronous beginning"), tied=True)
-        + _cells(["adamw"], [4], ("small tied steps", "paper's rule"), tied=True)
-        + _cells(["rotated"], [8], ("large embeddings", "large embeddings + accumulation"), tied=True),
+        + _cells(["adamw"], [4], ("large embeddings", "correction + accumulation"), tied=True)
+        + _cells(["adamw"], [4], ("synchronous beginning", "small tied steps", "paper's rule"), tied=True),
     ),
     Group(
-        "muon",
-        "Muon",
+        "rotated",
+        "RotatedAdamW with each remedy that goes with it",
         "Untied.",
-        _cells(["muon"], (1, 8, 4), ["bare"]) + _cells(["muon"], (8, 4), ["accumulation"]),
+        _cells(["rotated"], (8, 4), ("accumulation", "prediction + accumulation"))
+        + _cells(["rotated"], [8], ("correction", "prediction", "double accumulation")),
     ),
     Group(
         "remedies",
         "AdamW with each remedy",
         "Untied. NAdamW is AdamW with Nesterov's momentum of 0.99 (Ajanthan et al., ICML 2025).",
-        _cells(["adamw"], (8, 4), _REMEDIES_ALONE)
+        _cells(["adamw"], (8, 4), ("correction + accumulation", *_REMEDIES_ALONE))
         + _cells(["adamw"], [8], ("prediction + discount", "prediction + accumulation"))
         + _cells(["nadamw"], (1, 8), ["bare"]),
     ),
     Group(
-        "prediction",
-        "RotatedAdamW with predicted weights",
+        "muon",
+        "Muon",
         "Untied.",
-        _cells(["rotated"], (8, 4), ("prediction", "prediction + accumulation")),
+        _cells(["muon"], (1, 8, 4), ["bare"]) + _cells(["muon"], [8], ("accumulation", "correction + accumulation")),
     ),
     Group(
         "two-stages",
         "Two stages",
         "Untied.",
-        _cells(_BOTH, [2], ["bare"])
-        + _cells(["adamw"], [2], _REMEDIES_ALONE)
-        + _cells(["rotated"], [2], ["accumulation"]),
+        _cells(_BOTH, [2], ["bare"]) + _cells(["adamw"], [2], _REMEDIES_ALONE),
     ),
     Group(
         "transformer-xl",
@@ -227,7 +238,7 @@ GROUPS = (
         "Untied, narrower.",
         _bare_and_best(4, layers=64, width=32, rows=8, updates=600),
     ),
-    Group("12-layers", "12 layers on 11 stages", "Untied.", _bare_and_best(11, layers=12)),
+    Group("12-layers", "12 layers on 11 stages", "Untied.", _bare_and_best(11, layers=12, updates=600)),
     Group(
         "longer",
         "What the delay costs without remedy, if there is time for it",

@@ -54,18 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             print("{:16} {:4} of {:4} runs".format(group.name, *progress(group.cells, read_results(args.results))))
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
+    cells = [cell for group in GROUPS if group.name in args.only for cell in group.cells]
     end = time.monotonic() + args.hours * 3600
     running: dict[Future[dict[str, Any]], Setting] = {}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
         while True:
             results = read_results(args.results)
-            todo = (
-                row
-                for group in GROUPS
-                if group.name in args.only
-                for row in missing_rows(group.cells, results)
-                if row not in running.values()
-            )
+            todo = (row for row in missing_rows(cells, results) if row not in running.values())
             while len(running) < args.workers and time.monotonic() < end and (row := next(todo, None)) is not None:
                 running[workers.submit(train, row, args.data)] = row
             if not running:
