@@ -236,6 +236,12 @@ def test_the_page_says_what_was_not_reached() -> None:
     assert "| > 1.25 | 7.30 | < 5.84 |" in page(results)
 
 
+def test_what_a_delay_costs_tied_and_untied() -> None:
+    tied, delayed = make_cell("bare", lr=4e-3, tied=True), make_cell("bare", lr=2e-3, tied=True, stages=4)
+    results = {**outcomes(tied, {(4e-3, 0): [3.0], (4e-3, 1): [4.0]}), **outcomes(delayed, {(2e-3, 0): [3.5]})}
+    assert "| 4 | AdamW | bare |  | +0.500 |" in page(results)
+
+
 def test_figures_are_well_formed() -> None:
     drawn = figures(results_of_both())
     assert drawn

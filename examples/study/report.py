@@ -48,6 +48,7 @@ def page(results: Results) -> str:
     for group in GROUPS:
         if table := _table(group.cells, results):
             parts += [f"## {group.title}", f"{group.remark} {_sizes(group, results)}".strip(), table]
+            parts += [_delay_costs(results)] if group.name == "tied" else []
             parts += [f"![{name}]({name})" for name in _FIGURES.get(group.name, ()) if name in drawn]
     parts += ["## What did not help", _without_effect(results), "## How to read this", _LEGEND]
     return "\n\n".join(part for part in parts if part)
@@ -146,6 +147,32 @@ def _table(cells: Iterable[Cell], results: Results) -> str:
     return "\n".join(lines)
 
 
+def _delay_costs(results: Results) -> str:
+    """The bits that a delay costs, tied and untied, as far as they are known."""
+    small = {"model": "transformer", "layers": 8}
+    lines = []
+    for optimizer, method in (("adamw", "bare"), ("adamw", "large embeddings"), (RECOMMENDED[0], "bare"), RECOMMENDED):
+        for stages in (4, 8):
+            costs = []
+            for tied in (False, True):
+                delayed = _of(method, **small, tied=tied, optimizer=optimizer, stages=stages)
+                found = [
+                    m for cells in (delayed, _alone(method, tied, optimizer)) for m in _all_measured(cells, results)
+                ]
+                costs.append(f"{_difference(*found):+.3f}" if len(found) == 2 else "")
+            if any(costs):
+                lines.append(f"| {stages} | {_NAMES[optimizer]} | {method} | {' | '.join(costs)} |")
+    head = "| K | optimizer | method | untied | tied |\n|---|---|---|---|---|"
+    text = "What the delay costs at the end of training, in bits per character against one stage:"
+    return "\n".join([text, "", head, *lines]) if lines else ""
+
+
+def _alone(method: str, tied: bool, optimizer: str) -> list[Cell]:
+    """One stage with what is no remedy for the delay but another model, or else bare."""
+    small = {"model": "transformer", "layers": 8, "stages": 1, "tied": tied, "optimizer": optimizer}
+    return _of(method, **small) or _of("bare", **small)
+
+
 def _without_effect(results: Results) -> str:
     lines = []
     for m in _all_measured([cell for group in GROUPS for cell in group.cells], results):
@@ -232,8 +259,12 @@ def _gain(measured: Measured, results: Results) -> float | None:
     bare = _of("bare", **{name: getattr(measured.cell.setting, name) for name in kept})
     if measured.cell.method == "bare" or not bare or (other := measure(bare[0], results)) is None:
         return None
-    num_seeds = min(len(other.finals), len(measured.finals))
-    return fmean(other.finals[:num_seeds]) - fmean(measured.finals[:num_seeds])
+    return _difference(other, measured)
+
+
+def _difference(one: Measured, other: Measured) -> float:
+    """By how much the final loss of ``one`` is greater, with the seeds that both have."""
+    return fmean(a - b for a, b in zip(one.finals, other.finals))
 
 
 def _against_bare(measured: Measured, results: Results) -> str:
