@@ -70,13 +70,13 @@ def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> 
         runner, interval = strategy.runner, checkpoint._train_time_interval
         assert runner is not None
         every = checkpoint._every_n_train_steps
-        is_due = Wish.SAVE in runner.granted or (every >= 1 and trainer.global_step % every == 0)
+        is_due = Wish.SAVE in runner.messages.granted or (every >= 1 and trainer.global_step % every == 0)
         if is_due and checkpoint.monitor is not None:
             strategy.learned.share_results()
         if interval is None:
             original(trainer, *args, **kwargs)
             return
-        with strategy.answering_broadcasts(lambda _: Wish.SAVE not in runner.granted, once=True):
+        with strategy.answering_broadcasts(lambda _: Wish.SAVE not in runner.messages.granted, once=True):
             original(trainer, *args, **kwargs)
         since = checkpoint._last_time_checked
         is_time = since is not None and time.monotonic() - since >= interval.total_seconds()

@@ -1,7 +1,7 @@
 """Clipping by the norm of all gradients, of which a process has those of its stage alone.
 
 ``torch.nn.utils.clip_grad_norm_``, which Lightning calls and users may under any name, measures and scales by two
-private functions of its module, which are exchanged meanwhile.
+private functions of its module, which are exchanged while a pipeline trains.
 """
 
 from __future__ import annotations

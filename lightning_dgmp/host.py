@@ -34,7 +34,6 @@ __all__ = [
     "_PredictionLoop",
     "_StrategyRegistry",
     "_TrainingEpochLoop",
-    "_augment_message",
     "call",
     "callbacks",
     "default_pg_timeout",
@@ -70,7 +69,7 @@ if TYPE_CHECKING or not _IS_STANDALONE:
     from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
     from lightning.pytorch.trainer import call
     from lightning.pytorch.trainer.states import TrainerFn
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException, _augment_message
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -97,7 +96,7 @@ else:
     from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
     from pytorch_lightning.trainer import call
     from pytorch_lightning.trainer.states import TrainerFn
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException, _augment_message
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
     from pytorch_lightning.utilities.model_helpers import is_overridden
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature

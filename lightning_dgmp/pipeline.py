@@ -127,7 +127,7 @@ class Pipeline:
             for path, module in runner.root.named_modules()
             if module._buffers and broadcast_buffers and owners.get(path) in (None, runner.stage)
         ]
-        copies = {} if runner.shared is None else runner.shared.copies  # the home averages for all
+        copies = {} if runner.messages.shared is None else runner.messages.shared.copies  # the home averages for all
         own = [parameter for name, parameter in runner.own.items() if name not in copies]
         runner.averaging = Averaging(own, buffers, group, wrap, wait, runner.device)
         runner.agree = agree

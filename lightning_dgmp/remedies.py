@@ -122,9 +122,8 @@ class Updates:
         }
         for name, parameter in parameters.items():
             momentum, state = known.get(parameter, (0.0, {}))
-            end = (
-                moment.position + self._delays[parameter]
-            )  # when the gradient is there; the last batches bring updates
+            # The gradient is there at `end`. Only the batches in flight, the last ones before it, bring updates.
+            end = moment.position + self._delays[parameter]
             begin = end - min(self._delays[parameter], moment.num_in_flight)
             num_updates = end // moment.accumulate - begin // moment.accumulate
             factor = sum(momentum**j for j in range(1, num_updates + 1))

@@ -45,7 +45,8 @@ class Signals:
 
     def after_batch(self, runner: StageRunner) -> None:
         """Do what is granted for this batch, and pass on what this process was asked for."""
-        if Wish.REQUEUE in runner.granted and not self._is_requeued:  # each process that got the signal has asked
+        # Each process that got the signal has asked.
+        if Wish.REQUEUE in runner.messages.granted and not self._is_requeued:
             self._is_requeued = True
             self._requeue(signal.SIGUSR1, None)  # type: ignore[arg-type]
         if self._is_requeue_due:

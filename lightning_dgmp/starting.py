@@ -162,7 +162,7 @@ class StartingStrategy(EvaluatingStrategy):
         )
         runner = self._pipeline.runner
         runner.updates = self._watch_updates(runner.slots)
-        copies = [] if runner.shared is None else list(runner.shared.copies.values())
+        copies = [] if runner.messages.shared is None else list(runner.messages.shared.copies.values())
         scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last, copies))
         if clips_by_norm(module) or scaler is not None:
             runner.messages.notes = StageNotes(self.stage, squares, clips_by_norm(module), scaler)

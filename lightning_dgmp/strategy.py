@@ -255,10 +255,10 @@ class DelayedMPStrategy(StartingStrategy):
 
     def _exchange_shared(self, optimizer: Optimizer) -> None:
         assert self.runner is not None
-        if self.runner.shared is not None:
+        if self.runner.messages.shared is not None:
             scaler = getattr(self.precision_plugin, "scaler", None)
             is_skipped = isinstance(scaler, StageGradScaler) and scaler.has_overflowed(optimizer)
-            self.runner.shared.exchange(is_skipped)
+            self.runner.messages.shared.exchange(is_skipped)
 
     def flush(self) -> None:
         """Run the outstanding backwards and steps, without new forwards, until nothing is in flight.

@@ -50,7 +50,8 @@ def page(results: Results) -> str:
             parts += [f"## {group.title}", f"{group.remark} {_sizes(group, results)}".strip(), table]
             parts += [_delay_costs(results)] if group.name == "tied" else []
             parts += [f"![{name}]({name})" for name in _FIGURES.get(group.name, ()) if name in drawn]
-    parts += ["## What did not help", _without_effect(results), "## How to read this", _LEGEND]
+    parts += ["## What did not help", _without_effect(results) or "Nothing that has been tuned so far."]
+    parts += ["## How to read this", _LEGEND]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -192,10 +193,12 @@ _LEGEND = """\
   `> 1.25`: not reached until the end.
 - *Batches a second* are relative to one process, from the table "Measured" of the README: for K = 2 measured on two
   cores with 12 blocks, for K = 4 and 8 emulated by 16 blocks that sleep, for the two regimes emulated by as many blocks
-  as they have. What remedies and optimizers cost in time is not in these figures.
+  as they have. What remedies, smaller batches and optimizers cost in time is not in these figures.
 - *Speed-up in time* is the quotient of both. Updates of a synchronous beginning count as those of one process.
 - A learning rate with `?` is the best of an unfinished search. Rates differ by factors of 2, so a method may be a
   little better than it looks here, and so may one stage.
+- With one stage nothing is corrected or predicted, because nothing is old. Whether the corrected update would help
+  there too has not been tried, so a part of its gain may not be due to the delay.
 - Accumulation makes an update of several smaller batches, so all methods see the same tokens an update. With
   Transformer-XL the parts of an update are then consecutive segments of fewer streams.
 - Runs are short. A delay costs most at the beginning, so longer trainings lose a smaller share of their batches.

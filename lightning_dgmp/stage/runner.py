@@ -23,9 +23,7 @@ from lightning_dgmp.remedies import Updates
 from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
 from lightning_dgmp.stage.messages import Messages
-from lightning_dgmp.stage.notes import StageNotes
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
-from lightning_dgmp.stage.shared import SharedParameters
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.snapshot import as_leaf, take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
@@ -125,7 +123,7 @@ class StageRunner:
         """With what a forward runs, apart from the weights of today."""
         if self.mode == "replay" and self.delay > 0:
             return {}
-        copies: Mapping[str, nn.Parameter] = {} if self.shared is None else self.shared.copies
+        copies: Mapping[str, nn.Parameter] = {} if self.messages.shared is None else self.messages.shared.copies
         predicted = {} if self.updates is None else self.updates.predicted(self.own)
         others = {name: p for name, p in self.own.items() if name not in predicted} if self.delay > 0 else {}
         weights = take_snapshot(others) | predicted
@@ -152,7 +150,7 @@ class StageRunner:
         if self.stage == 0:
             wishes, self.messages.wishes = self.messages.wishes, Wish(0)
             self.messages.granted = self.agree(wishes)
-        self.ending |= self.granted & (Wish.END | Wish.TERMINATE)
+        self.ending |= self.messages.granted & (Wish.END | Wish.TERMINATE)
         self.messages.send_activations(record, has_graph=not graph_later)
         if graph_later:
             record.exits.clear()
@@ -160,8 +158,8 @@ class StageRunner:
             record.received.clear()
         self.num_forwards += 1
         self.in_flight.append(record)
-        if self.shared is not None:
-            self.shared.iterate(self.is_synchronous)
+        if self.messages.shared is not None:
+            self.messages.shared.iterate(self.is_synchronous)
         return result
 
     def evaluate(self, step: Callable[[], Any]) -> Any:
@@ -182,21 +180,6 @@ class StageRunner:
             self.messages.send_activations(record)
             self.num_forwards += 1
 
-    @property
-    def notes(self) -> StageNotes | None:
-        """The norms and scales that ride along, if any."""
-        return self.messages.notes
-
-    @property
-    def shared(self) -> SharedParameters | None:
-        """The parameters that live on several stages, if any."""
-        return self.messages.shared
-
-    @property
-    def granted(self) -> Wish:
-        """What all stages do after the last batch."""
-        return self.messages.granted
-
     def request(self, wish: Wish) -> None:
         """Let ``wish`` be granted on all stages after the same batch, soon."""
         self.messages.wishes |= wish
@@ -215,11 +198,12 @@ class StageRunner:
             is_step: Whether a step of the optimizer follows.
         """
         record, self.has_run_backward = self.in_flight.popleft(), True
+        shared = self.messages.shared
         with ExitStack() as stack:
             if self.mode != "stash" and self.delay > 0:
                 forward = self._forward_of(record, keeps_inputs=False)
-                if self.mode == "replay" and self.shared is not None:
-                    record.parameters.update({name: as_leaf(copy) for name, copy in self.shared.copies.items()})
+                if self.mode == "replay" and shared is not None:
+                    record.parameters.update({name: as_leaf(copy) for name, copy in shared.copies.items()})
                 with torch.enable_grad(), record.attributes():  # it must read the same, and not count twice
                     self._run(forward)
                 record.received.clear()
@@ -233,7 +217,7 @@ class StageRunner:
                 of_loss() if self.is_last else self._backward_from_errors(record)
             finally:
                 self._is_backward = False
-        contributed = {} if self.shared is None else self.shared.take(record.parameters)
+        contributed = {} if shared is None else shared.take(record.parameters)
         self._is_noted = is_step
         if is_step:
             self.note_norm()
@@ -254,13 +238,15 @@ class StageRunner:
     @property
     def squares(self) -> Tensor | None:
         """The squared norm of each stage's newest gradient, as far as this one knows, if wanted."""
-        return self.notes.squares if self.notes is not None and self.notes.takes_norms else None
+        notes = self.messages.notes
+        return notes.squares if notes is not None and notes.takes_norms else None
 
     def parts(self) -> list[Part]:
         """This stage's parameters, and what tells the norm of all gradients as far as it knows; none: unknown."""
-        if self.notes is None or not self.notes.takes_norms or not self._is_noted:
+        notes = self.messages.notes
+        if notes is None or not notes.takes_norms or not self._is_noted:
             return []
-        return [Part(self._updated(), self.notes.total_norm, self.notes.note_clipping)]
+        return [Part(self._updated(), notes.total_norm, notes.note_clipping)]
 
     def gradients(self) -> list[Tensor]:
         """What is ``.grad`` now."""
@@ -272,7 +258,7 @@ class StageRunner:
     @property
     def num_in_flight(self) -> int:
         """How many batches have had no backward yet, here or where the gradients of copies come from."""
-        return max(len(self.in_flight), 0 if self.shared is None else self.shared.num_in_flight)
+        return max(len(self.in_flight), 0 if self.messages.shared is None else self.messages.shared.num_in_flight)
 
     def drain(self, is_open: bool, is_step: bool) -> None:
         """One iteration of the flush.
@@ -282,8 +268,8 @@ class StageRunner:
             is_step: Whether one follows.
         """
         self.has_run_backward = False
-        if self.shared is not None:
-            self.shared.drain()
+        if self.messages.shared is not None:
+            self.messages.shared.drain()
         if self.in_flight:
             self.backward(_no_loss, is_step)
         elif is_step and is_open:  # without a backward that would reduce what has added up
@@ -294,8 +280,8 @@ class StageRunner:
 
     def note_norm(self) -> None:
         """Let the others know the norm of this stage's gradients, with the next messages."""
-        if self.notes is not None:
-            self.notes.note(p.grad for p in self._updated() if p.grad is not None)
+        if self.messages.notes is not None:
+            self.messages.notes.note(p.grad for p in self._updated() if p.grad is not None)
 
     def begin_flush(self) -> bool:
         """Agree with the neighbours that no more forwards come for now.
@@ -318,11 +304,11 @@ class StageRunner:
         What comes next may be a collective, which knows no reasons.
         """
         self.messages.pass_notes_on(self.num_forwards)
-        if self.notes is not None and self.is_last:
-            self.notes.settle()
+        if self.messages.notes is not None and self.is_last:
+            self.messages.notes.settle()
         self.messages.wait_for_neighbours(self.num_forwards)
-        if self.shared is not None:
-            self.shared.check()
+        if self.messages.shared is not None:
+            self.messages.shared.check()
 
     # ----- inside a step
 

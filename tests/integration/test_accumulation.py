@@ -91,3 +91,16 @@ def test_resuming_goes_on(pool: WorkerPool, tmp_path: Path) -> None:
     )
     for name, value in whole[0].state.items():
         assert torch.equal(resumed[0].state[name], value), name
+
+
+class FreezesInBetween(models.MLP):
+    """What has added up until then counts."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.inp.requires_grad_(not 11 <= batch_idx < 17)
+
+
+def test_a_parameter_is_frozen_between_two_batches_of_an_update(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"accumulate_grad_batches": 2}
+    expected = pool.run(fit, 1, FreezesInBetween, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, FreezesInBetween, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)

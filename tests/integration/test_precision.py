@@ -82,10 +82,11 @@ def fit_scaled(
     scale: float = 2.0**10,
     replicas: int = 1,
     module: type[Overflowing] = Overflowing,
+    options: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     plugin = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=scale, growth_interval=GROWTH))
-    strategy = {"num_stages": num_stages, "virtual": virtual, "split_at": SPLITS[num_stages]}
+    strategy = {"num_stages": num_stages, "virtual": virtual, "split_at": SPLITS[num_stages], **(options or {})}
     args: dict[str, Any] = {"module_args": {"where": where, "optimizer": "momentum"}, **kwargs}
     devices = replicas * (1 if virtual else num_stages)
     outcome = fit(module, models.vectors, strategy, devices, plugins=[plugin], **args)
@@ -181,6 +182,23 @@ def test_processes_scale_as_virtual_stages(
     assert_same(ours[0], expected[0])
     assert all(value.isfinite().all() for value in ours[0].state.values())
     assert ours[0].scale < 2.0**20
+
+
+class Fused(Overflowing):
+    """An optimizer that sees overflows by itself, and then makes a step without effect."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+
+
+@pytest.mark.parametrize("module", [Overflowing, Fused])
+@pytest.mark.parametrize("options", [{"correct_updates": True}, {"predict_weights": True, "synchronous_steps": 5}])
+def test_remedies_rest_where_an_update_is_skipped(pool: WorkerPool, module: Any, options: dict[str, Any]) -> None:
+    args: dict[str, Any] = {"where": 0, "module": module, "options": options}
+    ours = pool.run(fit_scaled, 2, 2, **args)[0]
+    expected = pool.run(fit_scaled, 1, 2, True, **args)[0]
+    assert_equal(ours, expected, 1e-5 if module is Fused else 1e-6)
+    assert (ours.scale, ours.growth_tracker) == (expected.scale, expected.growth_tracker)
 
 
 class FrozenEnd(Overflowing):
