@@ -9,13 +9,18 @@ from lightning_dgmp.registration import register
 from lightning_dgmp.version import __version__
 
 if TYPE_CHECKING:
+    from lightning_dgmp.monitor import DelayedMPMonitor
     from lightning_dgmp.plan import Plan, PlanError
     from lightning_dgmp.strategy import DelayedMPStrategy
 
-__all__ = ["DelayedMPStrategy", "Plan", "PlanError", "__version__"]
+__all__ = ["DelayedMPMonitor", "DelayedMPStrategy", "Plan", "PlanError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:  # late, because the strategy belongs to the Lightning that the project imports
+    if name == "DelayedMPMonitor":
+        from lightning_dgmp.monitor import DelayedMPMonitor
+
+        return DelayedMPMonitor
     if name == "DelayedMPStrategy":
         from lightning_dgmp.strategy import DelayedMPStrategy
 

@@ -17,10 +17,12 @@ from lightning_dgmp.host import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
     SIGTERMException,
+    TensorBoardLogger,
     Timer,
     Trainer,
     rank_zero_warn,
 )
+from lightning_dgmp.monitor import DelayedMPMonitor
 from lightning_dgmp.plan.restore import is_of_user
 from lightning_dgmp.wire import Wish
 
@@ -31,12 +33,17 @@ __all__ = ["adapt_callbacks", "reads_outputs"]
 
 
 def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[], None]:
-    """Exchange hooks of such callbacks, and of those that save when an exception ends training.
+    """Exchange hooks of such callbacks, and of those that save when an exception ends training; add the monitor.
 
     Returns:
         What undoes it.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    has_tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    monitor = None
+    if has_tensorboard and not any(isinstance(callback, DelayedMPMonitor) for callback in callbacks):
+        callbacks.append(monitor := DelayedMPMonitor())
+    for callback in callbacks:
         if isinstance(callback, Timer):
             callback.on_train_batch_end = _of_timer(callback, strategy)  # type: ignore[method-assign]
         elif isinstance(callback, ModelCheckpoint):
@@ -45,6 +52,8 @@ def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[
             callback.on_exception = _only_together(callback)  # type: ignore[method-assign]
 
     def undo() -> None:
+        if monitor in callbacks:
+            callbacks.remove(monitor)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, (Timer, ModelCheckpoint, OnExceptionCheckpoint)):
                 vars(callback).pop("on_train_batch_end", None)

@@ -119,7 +119,7 @@ class Feed:
 
     def _loaded(self, iterator: Iterator[Any], key: int, together: Together | None) -> Iterator[Any]:
         while True:
-            with self._loading():
+            with self._loading(), self._transport.clock.measuring("wait_data", self._num_messages):
                 batch = next(iterator, _END)
             ends = batch is _END
             if together is not None and together.is_training():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __all__ = [
     "BasePredictionWriter",
     "BitsandbytesPrecision",
+    "Callback",
     "DDPStrategy",
     "DeepSpeedPrecision",
     "DummyLogger",
@@ -23,6 +24,7 @@ __all__ = [
     "OnExceptionCheckpoint",
     "SIGTERMException",
     "StrategyRegistry",
+    "TensorBoardLogger",
     "Timer",
     "TorchCheckpointIO",
     "Trainer",
@@ -51,8 +53,9 @@ if TYPE_CHECKING or not _IS_STANDALONE:
     from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
     from lightning.fabric.strategies.registry import _StrategyRegistry
     from lightning.fabric.utilities.data import sized_len
-    from lightning.pytorch import LightningModule, Trainer, callbacks
+    from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
     from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, OnExceptionCheckpoint, Timer
+    from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.loggers.logger import DummyLogger
     from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
     from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -78,8 +81,9 @@ else:
     from lightning_fabric.plugins.collectives.torch_collective import default_pg_timeout
     from lightning_fabric.strategies.registry import _StrategyRegistry
     from lightning_fabric.utilities.data import sized_len
-    from pytorch_lightning import LightningModule, Trainer, callbacks
+    from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
     from pytorch_lightning.callbacks import BasePredictionWriter, ModelCheckpoint, OnExceptionCheckpoint, Timer
+    from pytorch_lightning.loggers import TensorBoardLogger
     from pytorch_lightning.loggers.logger import DummyLogger
     from pytorch_lightning.loops.evaluation_loop import _EvaluationLoop
     from pytorch_lightning.loops.fit_loop import _FitLoop

@@ -30,9 +30,15 @@ class Iteration(NamedTuple):
         return " ".join(parts)
 
 
-def delays_of(num_stages: int) -> list[int]:
-    """The delay of each stage in iterations: ``[K - 1, ..., 1, 0]``."""
-    return list(range(num_stages - 1, -1, -1))
+def delays_of(num_stages: int, slack: int = 0) -> list[int]:
+    """The delay of each stage in iterations: ``[K - 1, ..., 1, 0]``, and so many times ``1 + slack``.
+
+    Raises:
+        ValueError: If ``slack`` is negative.
+    """
+    if slack < 0:
+        raise ValueError(f"`slack` must be at least 0, but is {slack}.")
+    return [(num_stages - 1 - stage) * (1 + slack) for stage in range(num_stages)]
 
 
 def delayed_schedule(delays: Sequence[int], num_batches: int) -> Iterator[list[Iteration]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,11 +32,13 @@ from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
 from lightning_dgmp.remedies import Moment, Updates
+from lightning_dgmp.reports import Reporter
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.stage.sides import Sides
 from lightning_dgmp.stage.virtual import GradientQueues, VirtualStages
+from lightning_dgmp.timing import Clock
 from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import World
 
@@ -62,6 +65,7 @@ class StartingStrategy(EvaluatingStrategy):
     def _reset_pipeline(self) -> None:
         self._plan: Plan | None = None
         self._pipeline = None
+        self.reporter: Reporter | None = None
         self._virtual_stages: VirtualStages | None = None
         self._updates: Updates | None = None
         self._is_synchronous = False
@@ -91,6 +95,22 @@ class StartingStrategy(EvaluatingStrategy):
     def runner(self) -> StageRunner | None:
         """The stage of this process, once training has begun; ``None`` with virtual stages."""
         return None if self._pipeline is None else self._pipeline.runner
+
+    @property
+    def clock(self) -> Clock:
+        """Measures where the time of this process goes."""
+        assert self._transport is not None
+        return self._transport.clock
+
+    def watching_forward(self) -> AbstractContextManager[None]:
+        """Around a forward."""
+        return nullcontext() if self.reporter is None else self.reporter.watching_forward()
+
+    def watch(self) -> Reporter | None:
+        """Let this stage report from now on, if it is one of several processes. All of them must call it."""
+        if self.reporter is None and self.runner is not None and self._transport is not None:
+            self.reporter = Reporter(self.runner, self._transport)
+        return self.reporter
 
     @property
     def has_begun(self) -> bool:

@@ -196,7 +196,8 @@ class DelayedMPStrategy(StartingStrategy):
         moment = module.global_step, module.current_epoch, module.trainer.fit_loop.batch_idx
         if runner.averaging is not None and is_first:  # as DDP does
             runner.averaging.share_buffers()
-        result = runner.forward(step)
+        with self.clock.measuring("forward", number), self.watching_forward():
+            result = runner.forward(step)
         if not runner.is_last:
             return runner.absent_loss
         if result is None:
@@ -223,7 +224,11 @@ class DelayedMPStrategy(StartingStrategy):
         if virtual is not None:
             virtual.iterate(of_loss, is_step)
         elif runner is not None and runner.due:
-            with self.step_among_replicas(), self.averaging():
+            with (
+                self.step_among_replicas(),
+                self.averaging(),
+                self.clock.measuring("backward", runner.in_flight[0].batch),
+            ):
                 runner.backward(of_loss, is_step)
         return self.precision_plugin.post_backward(loss, module)
 
@@ -235,21 +240,22 @@ class DelayedMPStrategy(StartingStrategy):
         model: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if self.runner is None:
+        runner = self.runner
+        if runner is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         module = self.lightning_module
         assert module is not None
         result = closure()
         exchange = partial(self._exchange_shared, optimizer)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            with after_clipping(module, exchange):
+            with self.clock.measuring("update", runner.num_forwards - 1), after_clipping(module, exchange):
                 return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
         # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
         # not cope with that, and a scheduler wants to see it.
         exchange()
         optimizer.step(lambda: result)
         scaler = getattr(self.precision_plugin, "scaler", None)
-        if isinstance(scaler, StageGradScaler) and self.runner.has_run_backward:
+        if isinstance(scaler, StageGradScaler) and runner.has_run_backward:
             scaler.update_without_gradients(optimizer)
         return result
 

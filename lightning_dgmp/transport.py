@@ -7,8 +7,8 @@ ahead and one that sends, so that the training thread waits only for what is not
     training thread   send() -> queue -> sending thread ~~ peer's receiving thread -> queue -> receive()
 
 Messages describe themselves: a header of integers (kind, batch, flags, shapes), then the tensors. A third direction
-brings the batches of data from stage 0 to all others, two more let these ask it for more of them, and a last one brings
-the gradients of parameters that live on several stages.
+brings the batches of data from stage 0 to all others, two more let these ask it for more of them, one brings the
+gradients of parameters that live on several stages, and a last one brings reports to the last stage.
 
 With gloo, tensors of an accelerator travel through pinned host memory, so several stages can share one device. With
 NCCL the headers still go over gloo and the tensors straight from device to device, one communicator a pair and
@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,18 +34,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from lightning_dgmp.timing import Clock, Kind
 from lightning_dgmp.wire import ABORT, CLOSE, Arriving, Broken, Message, Staged, Wire
 from lightning_dgmp.world import PeerError
 
-__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REQUESTS", "SHARED", "Peer", "Transport", "group_of_channels"]
+__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REPORTS", "REQUESTS", "SHARED", "Peer", "Transport", "group_of_channels"]
 
 ACTIVATIONS = "activations"
 ERRORS = "errors"
 DATA = "data"
 REQUESTS = "requests"
 SHARED = "gradients of shared parameters"
+REPORTS = "reports"
 _REPLIES = "replies"
-_DIRECTIONS = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES, SHARED)
+_DIRECTIONS = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES, SHARED, REPORTS)
+_WAITS: dict[str, Kind] = {ACTIVATIONS: "wait_activation", DATA: "wait_data", _REPLIES: "wait_data"}
 
 _FOREVER = timedelta(days=365)
 _LOOK = 0.3  # seconds between two looks whether who takes nothing is still there
@@ -92,6 +96,10 @@ class Transport:
         device: Where received tensors should be.
         timeout: How long to wait for a message before giving up.
         over_nccl: Whether activations and errors go straight from device to device.
+
+    Attributes:
+        clock: Measures how long the training thread waits for messages.
+        bytes_sent: In activations, errors and gradients of shared parameters so far.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class Transport:
         self._in: dict[tuple[str, int], _Inbox] = {}
         self._out: dict[tuple[str, int], _Outbox] = {}
         self._edges: set[tuple[int, int]] = set()
+        self.clock, self.bytes_sent = Clock(), 0
         for peer in self._peers[1:]:
             self._connect(DATA, self._peers[0], peer, torch.device("cpu"))
 
@@ -133,6 +142,13 @@ class Transport:
         for source, target in sorted(pairs):
             self._connect(SHARED, self._peers[source], self._peers[target], self._device, self._over_nccl)
 
+    def collect(self, take: Callable[[int, Message], None]) -> None:
+        """Let the others :meth:`send` reports to the last stage, which takes them in a thread. All must call it."""
+        host, last = torch.device("cpu"), self._peers[-1]
+        for peer in self._peers[:-1]:
+            device = self._device if self.me == peer else host
+            self._connect(REPORTS, peer, last, device, take=partial(_take_report, take, peer.stage))
+
     def serve(self, answer: Callable[[int, Message], Message | None]) -> None:
         """Let stage 0 answer the others by ``answer(stage, request)``, in a thread. All stages must call it."""
         host, server = torch.device("cpu"), self._peers[0]
@@ -143,7 +159,7 @@ class Transport:
     def _reply(self, answer: Callable[[int, Message], Message | None], stage: int, arriving: Arriving) -> None:
         reply = answer(stage, arriving.message)
         if reply is not None:
-            self.send(_REPLIES, stage, reply)
+            self._send(_REPLIES, stage, reply)
 
     def ask(self, request: Message) -> Message:
         """Send a request to stage 0 and wait for the reply."""
@@ -172,8 +188,19 @@ class Transport:
 
     def send(self, direction: str, stage: int, message: Message) -> None:
         """Hand over ``message``; its tensors must not be changed afterwards."""
+        if direction in (ACTIVATIONS, ERRORS, SHARED):
+            self.bytes_sent += sum(tensor.nbytes for tensor in message.tensors if tensor is not None)
+        self._send(direction, stage, message, partial(self.clock.measuring, "wait_send", message.batch))
+
+    def _send(
+        self,
+        direction: str,
+        stage: int,
+        message: Message,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         try:
-            self._out[direction, stage].put(message, self.timeout)
+            self._out[direction, stage].put(message, self.timeout, waiting)
         except queue.Full:
             raise PeerError(
                 f"{self.me} waited {self.timeout} for {self._peers[stage]} to take the {direction} of earlier batches"
@@ -190,7 +217,8 @@ class Transport:
             PeerError: If the peer fails, ends, is silent for too long, or is at another batch.
         """
         try:
-            message = self._in[direction, stage].get(self.timeout)
+            with self.clock.measuring(_WAITS.get(direction, "wait_error"), batch):
+                message = self._in[direction, stage].get(self.timeout)
         except queue.Empty:
             raise PeerError(
                 f"{self.me} waited {self.timeout} for the {direction} of batch {batch} from {self._peers[stage]}, but"
@@ -250,6 +278,10 @@ def _end_at_once_if_any_lives(threads: list[threading.Thread]) -> None:
         os._exit(1)
 
 
+def _take_report(take: Callable[[int, Message], None], stage: int, arriving: Arriving) -> None:
+    take(stage, arriving.message)
+
+
 class _Outbox:
     """Sends what is put in, in a thread of its own."""
 
@@ -260,16 +292,25 @@ class _Outbox:
         self.thread = threading.Thread(target=self._run, name=f"dgmp-send-{wire.rank}", daemon=True)
         self.thread.start()
 
-    def put(self, message: Message, timeout: timedelta) -> None:
+    def put(
+        self,
+        message: Message,
+        timeout: timedelta,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         staged, deadline = self.wire.stage(message), time.monotonic() + timeout.total_seconds()
-        while True:
-            if self.broken is not None:
-                raise self.broken
-            try:
-                return self.queue.put(staged, timeout=min(_LOOK, max(deadline - time.monotonic(), 0)))
-            except queue.Full:
-                if time.monotonic() >= deadline:
-                    raise
+        if self.broken is None:
+            with contextlib.suppress(queue.Full):
+                return self.queue.put_nowait(staged)
+        with waiting():
+            while True:
+                if self.broken is not None:
+                    raise self.broken
+                try:
+                    return self.queue.put(staged, timeout=min(_LOOK, max(deadline - time.monotonic(), 0)))
+                except queue.Full:
+                    if time.monotonic() >= deadline:
+                        raise
 
     def finish(self, kind: int, text: str) -> None:
         with contextlib.suppress(queue.Full):  # then the peer takes nothing any more

@@ -1,0 +1,176 @@
+"""The callback that shows what the pipeline does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from lightning_dgmp.account import advice_for, scalars_of, summary_of
+from lightning_dgmp.host import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_info, rank_zero_warn
+from lightning_dgmp.reports import Report, Reporter
+from lightning_dgmp.traces import write_trace
+
+if TYPE_CHECKING:
+    from lightning_dgmp.strategy import DelayedMPStrategy
+
+__all__ = ["DelayedMPMonitor"]
+
+_SPANS_SHOWN = 60  # of a stage: about ten iterations
+_DRAWING = 0.005  # of the time may pass with it
+TRACE_FILE = "pipeline_trace.json"
+
+
+class DelayedMPMonitor(Callback):
+    """Logs where the time and the memory of each stage go, and draws what the stages have done.
+
+    Each stage sends a small message to the last one whenever Lightning logs (``Trainer(log_every_n_steps=...)``), and
+    nobody waits for it; the last stage logs when all have arrived, with the step that they are about. Any logger gets
+    the numbers, TensorBoard also pictures. ``strategy="delayed_mp"`` adds this callback by itself if the Trainer has
+    TensorBoard's logger and several stages.
+
+    - ``pipeline/period``: seconds from one batch to the next; ``pipeline/efficiency``: the share of it in which the
+      slowest stage computes; ``pipeline/speedup``: how many times faster than one device that runs all stages one after
+      another.
+    - ``stage_0/forward``, ``backward``, ``update``, ``wait_activation``, ``wait_error``, ``wait_data``, ``wait_send``,
+      ``other``: shares of its time, which sum to 1.
+    - ``stage_0/delay``: of its gradients, in updates; ``in_flight``: batches between their forward and their backward;
+      ``bytes_sent``: an iteration; ``parameter_bytes``, ``snapshot_bytes``, ``activation_bytes``; ``gradient_norm``: of
+      its own gradients; ``snapshot_distance``: how far the oldest weights that it keeps are from those of now, relative
+      to their norm.
+
+    Args:
+        pictures: Whether TensorBoard gets pictures: the timeline of the last iterations, and the balance of the plan.
+        trace_steps: From which optimizer step to which a file ``pipeline_trace.json`` is written into the folder of the
+            logger, for https://ui.perfetto.dev or chrome://tracing. Clocks of several nodes must agree, as with NTP.
+
+    Raises:
+        ValueError: If ``trace_steps`` is empty or too long.
+    """
+
+    def __init__(self, pictures: bool = True, trace_steps: tuple[int, int] | None = None) -> None:
+        if trace_steps is not None and not 0 <= trace_steps[0] < trace_steps[1]:
+            raise ValueError(f"`trace_steps` must be two steps, the first before the second, but is {trace_steps}.")
+        self.pictures, self.trace_steps = pictures, trace_steps
+        self._is_first = True  # whether the pipeline has just begun to fill
+        self._trace_ends_with: int | None = None  # the number of a report
+        self._next_picture = 0.0  # when there is time for it
+        self._latest: Sequence[Report] = []  # of which there is no picture
+        self._of_epoch: list[Sequence[Report]] = []
+        self._said: set[str] = set()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_first, self._trace_ends_with = True, None
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart(trainer)
+        self._of_epoch.clear()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart(trainer)
+
+    def _restart(self, trainer: Trainer) -> None:
+        reporter: Reporter | None = getattr(trainer.strategy, "reporter", None)
+        if reporter is not None:
+            reporter.restart()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        strategy: DelayedMPStrategy = trainer.strategy  # type: ignore[assignment]
+        if not hasattr(strategy, "watch") or getattr(strategy, "replica", 0) > 0:
+            return
+        has_begun = strategy.reporter is None
+        reporter = strategy.watch()
+        if reporter is None:
+            return
+        if has_begun and strategy.is_global_zero and self.pictures:
+            self._draw("balance", trainer, lambda pictures: pictures.draw_balance(strategy.plan))
+        step = trainer.global_step
+        if self.trace_steps is not None and step == self.trace_steps[0]:
+            reporter.mark()
+        ends_trace = self.trace_steps is not None and step == self.trace_steps[1] and self._trace_ends_with is None
+        is_due = trainer._logger_connector.should_update_logs or trainer.is_last_batch or ends_trace
+        if is_due and not trainer.fit_loop._should_accumulate():
+            if ends_trace:
+                self._trace_ends_with = step
+            reporter.report(step, trainer.accumulate_grad_batches, None if ends_trace else _SPANS_SHOWN)
+        if strategy.is_global_zero:
+            self._show(trainer, reporter)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reporter: Reporter | None = getattr(trainer.strategy, "reporter", None)
+        if reporter is None or not trainer.is_global_zero:
+            return
+        self._show(trainer, reporter)
+        if self._of_epoch:
+            rank_zero_info(f"Epoch {trainer.current_epoch}: {summary_of(self._of_epoch)}")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._draw_timeline(trainer)
+
+    def _show(self, trainer: Trainer, reporter: Reporter) -> None:
+        for reports in reporter.complete():
+            try:
+                self._show_one(trainer, reports)
+            except Exception as error:
+                self._say(f"The pipeline's monitor could not log: {type(error).__name__}: {error}")
+
+    def _show_one(self, trainer: Trainer, reports: Sequence[Report]) -> None:
+        step = reports[0].step
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars_of(reports), step=step)
+        self._latest = reports
+        if time.monotonic() >= self._next_picture:
+            self._draw_timeline(trainer)
+        if step == self._trace_ends_with:
+            write_trace(_folder(trainer) / TRACE_FILE, [report.spans for report in reports])
+        if not self._is_first:  # the pipeline was full
+            self._of_epoch.append(reports)
+            advice = advice_for(reports)
+            if advice is not None:
+                self._say(advice, advice.partition(":")[0])
+        self._is_first = False
+
+    def _draw_timeline(self, trainer: Trainer) -> None:
+        if self.pictures and self._latest:
+            begin = time.monotonic()
+            spans = [report.spans for report in self._latest]
+            self._draw("timeline", trainer, lambda pictures: pictures.draw_timeline(spans), self._latest[0].step)
+            self._latest, end = [], time.monotonic()
+            self._next_picture = end + (end - begin) / _DRAWING
+
+    def _draw(self, name: str, trainer: Trainer, draw: Callable[[Any], Any], step: int = 0) -> None:
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers:
+            return
+        try:
+            from lightning_dgmp import pictures
+        except ImportError:
+            self._say("The pipeline's monitor draws with matplotlib, which is missing: `pip install matplotlib`.")
+            return
+        try:
+            for logger in loggers:
+                logger.experiment.add_figure(f"pipeline/{name}", draw(pictures), step)
+        except Exception as error:
+            self._say(f"The pipeline's monitor could not draw: {type(error).__name__}: {error}")
+
+    def _say(self, warning: str, key: str | None = None) -> None:
+        """Once."""
+        if (key or warning) not in self._said:
+            self._said.add(key or warning)
+            rank_zero_warn(warning)
+
+
+def _folder(trainer: Trainer) -> Path:
+    """That of the first logger which has one; ``Trainer.log_dir`` would ask all processes."""
+    folders = (getattr(logger, "log_dir", None) or logger.save_dir for logger in trainer.loggers)
+    return Path(next(filter(None, folders), trainer.default_root_dir))

@@ -1,0 +1,217 @@
+"""What the monitor logs and draws, read back from files of events."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from lightning_dgmp import DelayedMPMonitor, DelayedMPStrategy
+from lightning_dgmp.timing import KINDS
+from tests import models
+from tests.pool import WorkerPool
+from tests.training import ListLogger, Outcome, assert_equal, fit
+
+SHARES = (*KINDS, "other")
+
+
+class SleepingLayer(nn.Module):
+    """Sleeps in the place of work, twice as long in the backward."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.linear, self.seconds = nn.Linear(8, 8), seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        time.sleep(self.seconds)
+        if y.requires_grad:
+            y.register_hook(lambda _: time.sleep(2 * self.seconds))
+        return y
+
+
+class Sleepers(models.Base):
+    def __init__(self, seconds: tuple[float, ...] = (0.001, 0.001, 0.001), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layers = nn.Sequential(*map(SleepingLayer, seconds))
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.layers(batch[0]).pow(2).mean()
+
+
+def train(folder: str, devices: int, seconds: tuple[float, ...], logger: Any = None, **kwargs: Any) -> list[str]:
+    """Return what was said on this rank."""
+    import warnings
+
+    seed_everything(1, verbose=False)
+    split_at = [f"layers.{k}" for k in range(1, len(seconds))]
+    strategy = DelayedMPStrategy(num_stages=len(seconds), split_at=split_at)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = Trainer(
+            accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False,
+            logger=TensorBoardLogger(folder, name="", version="") if logger is None else logger, **kwargs,
+        )  # fmt: skip
+        trainer.fit(Sleepers(seconds), models.vectors())
+    assert not [
+        c for c in trainer.callbacks if isinstance(c, DelayedMPMonitor) and c not in kwargs.get("callbacks", [])
+    ]
+    return [str(w.message) for w in said if "pipeline" in str(w.message)]
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    return found
+
+
+def scalar(found: EventAccumulator, tag: str) -> list[float]:
+    return [event.value for event in found.Scalars(tag)]
+
+
+def test_tensorboard_has_it_by_default(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(train, 3, str(tmp_path), 3, (0.001, 0.001, 0.001), log_every_n_steps=8)
+    found = events(tmp_path)
+    tags = set(found.Tags()["scalars"])
+    names = [*SHARES, "delay", "in_flight", "bytes_sent", "parameter_bytes", "snapshot_bytes", "activation_bytes"]
+    names += ["gradient_norm", "snapshot_distance"]
+    expected = {f"stage_{k}/{name}" for k in range(3) for name in names}
+    assert expected | {"pipeline/period", "pipeline/efficiency", "pipeline/speedup"} <= tags
+    for tag in expected:
+        assert np.isfinite(scalar(found, tag)).all(), tag
+        assert [event.step for event in found.Scalars(tag)] == [8, 16, 24, 32, 34]
+    for k in range(3):
+        shares = np.array([scalar(found, f"stage_{k}/{name}") for name in SHARES])
+        assert shares.sum(0) == pytest.approx(1, abs=1e-4)
+        assert shares.min() >= 0
+        assert scalar(found, f"stage_{k}/delay")[-1] == 2 - k == scalar(found, f"stage_{k}/in_flight")[-1]
+        assert scalar(found, f"stage_{k}/parameter_bytes")[-1] == 4 * (64 + 8)
+        assert scalar(found, f"stage_{k}/snapshot_bytes")[-1] == 4 * (64 + 8) * (2 - k)
+        assert (scalar(found, f"stage_{k}/activation_bytes")[-1] > 0) == (k < 2)
+        assert scalar(found, f"stage_{k}/gradient_norm")[-1] > 0
+        assert (scalar(found, f"stage_{k}/snapshot_distance")[-1] > 0) == (k < 2)
+        batch = 4 * 8 * next(iter(models.vectors()))[0].shape[0]
+        assert scalar(found, f"stage_{k}/bytes_sent")[1] == (2 if k == 1 else 1) * batch
+    for tag in ("pipeline/timeline", "pipeline/balance"):
+        path = tmp_path / "picture.png"
+        path.write_bytes(found.Images(tag)[-1].encoded_image_string)
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert pixels.shape[0] > 200
+        assert pixels.shape[1] > 600
+        assert (pixels < 200).mean() > 0.05, "the picture is blank"
+
+
+def test_the_monitor_names_the_slow_stage(pool: WorkerPool, tmp_path: Path) -> None:
+    """Of three stages the second one is twice as slow: the others wait for half of the time."""
+    args = {"log_every_n_steps": 17, "limit_train_batches": 34, "callbacks": [DelayedMPMonitor(pictures=False)]}
+    said = pool.run(train, 3, str(tmp_path), 3, (0.03, 0.06, 0.03), **args)
+    found = events(tmp_path)
+    busy = [sum(scalar(found, f"stage_{k}/{kind}")[-1] for kind in ("forward", "backward")) for k in range(3)]
+    assert busy == pytest.approx([0.5, 1.0, 0.5], abs=0.05)
+    assert scalar(found, "stage_0/wait_error")[-1] == pytest.approx(0.5, abs=0.05)
+    assert scalar(found, "stage_2/wait_activation")[-1] == pytest.approx(0.5, abs=0.05)
+    assert scalar(found, "pipeline/period")[-1] == pytest.approx(0.18, rel=0.05)
+    assert scalar(found, "pipeline/efficiency")[-1] == pytest.approx(1, abs=0.05)
+    assert scalar(found, "pipeline/speedup")[-1] == pytest.approx(2, abs=0.1)
+    assert "stage 1 computes in" in said[0][0]
+    assert "split_at" in said[0][0]
+    assert not said[1]
+    assert not said[2]
+
+
+def test_any_logger_gets_the_numbers(pool: WorkerPool, tmp_path: Path) -> None:
+    logger, callbacks = CSVLogger(str(tmp_path), name="", version=""), [DelayedMPMonitor()]
+    pool.run(train, 2, "", 2, (0.001, 0.001), logger=logger, callbacks=callbacks, log_every_n_steps=10)
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert "pipeline/efficiency" in header
+    assert "stage_1/wait_activation" in header
+    assert len(rows) >= 4
+
+
+def test_a_trace_file_has_all_stages(pool: WorkerPool, tmp_path: Path) -> None:
+    monitor = DelayedMPMonitor(trace_steps=(10, 20), pictures=False)
+    pool.run(train, 3, str(tmp_path), 3, (0.002, 0.002, 0.002), callbacks=[monitor])
+    content = json.loads((tmp_path / "pipeline_trace.json").read_text())
+    spans = [event for event in content["traceEvents"] if event["ph"] == "X"]
+    for stage in range(3):
+        forwards = [e["args"]["batch"] for e in spans if e["tid"] == stage and e["cat"] == "forward"]
+        assert len(forwards) == 10
+        assert forwards == list(range(forwards[0], forwards[0] + 10))
+    ends = {(e["tid"], e["args"]["batch"]): e["ts"] + e["dur"] for e in spans if e["cat"] == "forward"}
+    for (stage, batch), end in ends.items():  # a later stage cannot be done before an earlier one
+        assert (stage + 1, batch) not in ends or ends[stage + 1, batch] > end
+
+
+def fit_with_monitor(num_stages: int, watched: bool) -> Outcome:
+    callbacks = [DelayedMPMonitor()] if watched else []
+    strategy = {"num_stages": num_stages}
+    return fit(models.MLP, models.vectors, strategy, num_stages, callbacks=callbacks, max_epochs=2)
+
+
+def test_nothing_changes_for_the_training(pool: WorkerPool) -> None:
+    watched = pool.run(fit_with_monitor, 3, 3, True)[0]
+    plain = pool.run(fit_with_monitor, 3, 3, False)[0]
+    assert "stage_0/forward" in {key for _, row in watched.rows for key in row}
+    watched.rows = [
+        (step, row) for step, row in watched.rows if not any(key.startswith(("stage_", "pipeline/")) for key in row)
+    ]
+    assert_equal(watched, plain, 0.0)
+
+
+class Broken(ListLogger):
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "pipeline/period" in metrics:
+            raise OSError("the disk is full")
+
+
+def test_the_monitor_never_stops_a_training(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = pool.run(train, 2, "", 2, (0.001, 0.001), logger=Broken(), callbacks=[DelayedMPMonitor()],
+                    log_every_n_steps=5)  # fmt: skip
+    assert said[0] == ["The pipeline's monitor could not log: OSError: the disk is full"]
+    assert said[1] == []
+
+
+def train_one(virtual: bool) -> None:
+    strategy = {"num_stages": 2 if virtual else 1, "virtual": virtual}
+    outcome = fit(models.MLP, models.vectors, strategy, 1, callbacks=[DelayedMPMonitor()])
+    assert not any("pipeline/period" in row for _, row in outcome.rows)
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_without_several_processes_there_is_nothing_to_show(pool: WorkerPool, virtual: bool) -> None:
+    pool.run(train_one, 1, virtual)
+
+
+def train_with_replicas(num_stages: int) -> list[str]:
+    outcome = fit(models.MLP, models.vectors, {"num_stages": num_stages}, 4, callbacks=[DelayedMPMonitor()],
+                  limit_train_batches=12)  # fmt: skip
+    return sorted({key for _, row in outcome.rows for key in row})
+
+
+def test_the_first_replica_is_shown(pool: WorkerPool) -> None:
+    keys = pool.run(train_with_replicas, 4, 2)
+    assert "stage_1/forward" in keys[0]
+    assert not any("stage_" in key for rank in (1, 2, 3) for key in keys[rank])
+
+
+@pytest.mark.parametrize("backward", ["recompute", "replay"])
+def test_what_is_kept_for_later_counts(pool: WorkerPool, backward: str) -> None:
+    strategy = {"num_stages": 2, "backward": backward}
+    outcome = pool.run(fit, 2, models.MLP, models.vectors, strategy, 2, callbacks=[DelayedMPMonitor()])[0]
+    last = [row for _, row in outcome.rows if "stage_0/snapshot_bytes" in row][-1]
+    assert (last["stage_0/snapshot_bytes"] > 0) == (backward == "recompute")
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="`trace_steps` must be two steps, the first before the second, but is"):
+        DelayedMPMonitor(trace_steps=(5, 5))

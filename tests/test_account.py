@@ -1,0 +1,65 @@
+"""What reports come to, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_dgmp.account import advice_for, efficiency, period, scalars_of, speedup, summary_of
+from lightning_dgmp.reports import Report
+from lightning_dgmp.timing import KINDS
+
+
+def report(period: float = 0.1, **shares: float) -> Report:
+    by_kind = {**dict.fromkeys((*KINDS, "other"), 0.0), **shares}
+    by_kind["other"] += 1 - sum(by_kind.values())
+    return Report(50, by_kind, [], period, *range(1, 9))
+
+
+FAST = report(forward=0.15, backward=0.3, update=0.05, wait_error=0.45)
+SLOW = report(forward=0.3, backward=0.6, update=0.06)
+
+
+def test_the_slowest_stage_decides() -> None:
+    reports = [FAST, SLOW]
+    assert period(reports) == pytest.approx(0.1)
+    assert efficiency(reports) == pytest.approx(0.96)
+    assert speedup(reports) == pytest.approx(1.46)
+    assert summary_of([reports, reports]) == (
+        "a batch takes 100.0 ms, the slowest of 2 stages computes in 96 % of that, 1.46 times as fast as one device."
+    )
+
+
+def test_the_names_of_scalars() -> None:
+    values = scalars_of([FAST, SLOW])
+    assert values["stage_0/wait_error"] == 0.45
+    assert values["stage_1/delay"] == 1
+    assert values["stage_1/snapshot_distance"] == 8
+    for stage in range(2):
+        assert sum(values[f"stage_{stage}/{kind}"] for kind in (*KINDS, "other")) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("reports", "advice"),
+    [
+        ([SLOW, SLOW], None),
+        ([FAST, SLOW], "Stage 0 of the pipeline waits for an error in 45 % of the time: stage 1 computes in 96 %"),
+        ([SLOW, report(forward=0.2, wait_activation=0.7)], "Stage 1 of the pipeline waits for an activation in 70 %"),
+        (
+            [report(forward=0.2, backward=0.4, wait_data=0.3), report(forward=0.2, backward=0.4, wait_activation=0.35)],
+            "Stage 1 of the pipeline waits for an activation in 35 % of the time: stage 0 waits for its data loader",
+        ),
+        (
+            [report(forward=0.2, backward=0.4, wait_error=0.3), report(forward=0.2, backward=0.4, other=0.35)],
+            "callbacks, hooks and logging take 40 % of the time",
+        ),
+        (
+            [report(forward=0.2, backward=0.4, wait_error=0.4), report(forward=0.2, backward=0.4, wait_activation=0.4)],
+            "`slack=1`",
+        ),
+    ],
+)
+def test_advice_follows_from_where_a_stage_waits(reports: Any, advice: str | None) -> None:
+    said = advice_for(reports)
+    assert (said is None) if advice is None else (said is not None and advice in said), said
