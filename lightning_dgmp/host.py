@@ -44,6 +44,7 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_warn",
     "sized_len",
+    "subprocess_script",
 ]
 
 _IS_STANDALONE = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
@@ -70,6 +71,7 @@ if TYPE_CHECKING or not _IS_STANDALONE:
         TransformerEnginePrecision,
     )
     from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+    from lightning.pytorch.strategies.launchers import subprocess_script
     from lightning.pytorch.trainer import call
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -98,6 +100,7 @@ else:
         TransformerEnginePrecision,
     )
     from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
+    from pytorch_lightning.strategies.launchers import subprocess_script
     from pytorch_lightning.trainer import call
     from pytorch_lightning.trainer.states import TrainerFn
     from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException

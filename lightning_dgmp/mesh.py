@@ -25,9 +25,11 @@ from lightning_dgmp.host import (
     Trainer,
     default_pg_timeout,
     rank_zero_warn,
+    subprocess_script,
 )
 from lightning_dgmp.plan.restore import is_of_user
 from lightning_dgmp.replicas import Replicas, Vote
+from lightning_dgmp.running import start_children_alike
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.support import check_devices
 from lightning_dgmp.transport import Transport, group_of_channels
@@ -144,6 +146,7 @@ class MeshStrategy(DDPStrategy):
     def _configure_launcher(self) -> None:
         given = self._num_stages_flag, self._data_parallel_size_flag
         check_devices(*given, self.num_stages, self.num_nodes * self.num_processes, self._virtual)
+        start_children_alike(subprocess_script)
         super()._configure_launcher()
 
     @override

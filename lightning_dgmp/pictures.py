@@ -9,10 +9,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from lightning_dgmp.logs import Run
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.timing import Span
 
-__all__ = ["draw_balance", "draw_timeline"]
+__all__ = ["draw_balance", "draw_runs", "draw_timeline"]
 
 # The colours of Okabe and Ito, which people with any sight tell apart; waits are white with a grey hatch.
 _COLORS = {
@@ -76,6 +77,43 @@ def draw_balance(plan: Plan) -> Figure:
     axes.set_xlabel("percent of the whole model; dotted: equal stages")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32 if plan.num_stages < 4 else -0.2), ncols=2, fontsize=8,
                 frameon=False)  # fmt: skip
+    return figure
+
+
+def draw_runs(runs: Sequence[Run], tag: str | None) -> Figure:
+    """How each stage of each run has spent its time and, if there is a ``tag``, that scalar by steps and seconds."""
+    figure = Figure(figsize=(9, 2.2 + 0.4 * sum(len(run.shares()) for run in runs) + (3 if tag else 0)), dpi=110,
+                    layout="constrained")  # fmt: skip
+    FigureCanvasAgg(figure)
+    parts = figure.subfigures(2 if tag else 1, 1, squeeze=False)[:, 0]
+    bars = parts[-1].subplots()
+    names: list[str] = []
+    for run in runs:
+        for k, shares in enumerate(run.shares()):
+            left = 0.0
+            for kind, share in shares.items():
+                label = _NAMES.get(kind, kind) if not names else None
+                bars.barh(len(names), 100 * share, left=left, height=0.8, label=label, **_look(kind))
+                left += 100 * share
+            names.append(f"{run.folder.name}, stage {k}")
+    if not names:
+        bars.text(0.5, 0.5, "No run has logged what its stages do.", ha="center", transform=bars.transAxes)
+    bars.set_yticks(range(len(names)), names, fontsize=8)
+    bars.invert_yaxis()
+    bars.set_xlabel("percent of the time")
+    if names:
+        bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
+    if tag:
+        by_step, by_time = parts[0].subplots(1, 2, sharey=True)
+        for run, style in zip(runs, ("-", "--")):
+            events = run.scalars[tag]
+            values = [event.value for event in events]
+            by_step.plot([event.step for event in events], values, style, label=run.folder.name)
+            by_time.plot([event.time - events[0].time for event in events], values, style)
+        by_step.set_ylabel(tag)
+        by_step.set_xlabel("steps")
+        by_time.set_xlabel("seconds")
+        by_step.legend(fontsize=8)
     return figure
 
 

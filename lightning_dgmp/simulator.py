@@ -267,6 +267,39 @@ def predict(
     return Prediction(period, max(work) / period, sum(work) / period, timeline)
 
 
+def costs_of(
+    forward: Sequence[float], backward: Sequence[float], update: Sequence[float] = (0,), nbytes: Sequence[float] = (0,)
+) -> list[StageCost]:
+    """The costs of stages from lists of milliseconds and bytes; one of a single number holds for all.
+
+    Raises:
+        ValueError: If they are not equally long.
+    """
+    number = len(forward)
+    columns = []
+    for name, column in (("forward", forward), ("backward", backward), ("update", update), ("bytes", nbytes)):
+        if len(column) not in (1, number):
+            raise ValueError(
+                f"There must be as many numbers of each kind as stages, {number} for `forward`, but there are"
+                f" {len(column)} for `{name}`."
+            )
+        columns.append(column if len(column) == number else [column[0]] * number)
+    return [StageCost(f / 1000, b / 1000, u / 1000, n) for f, b, u, n in zip(*columns)]
+
+
+def beside_each_other(
+    costs: Sequence[StageCost], link: Link = _PERFECT, slack: int = 0, microbatches: int = 8
+) -> list[tuple[str, Prediction]]:
+    """The delayed schedule and then the synchronous ones, by name."""
+    number = len(costs)
+    rounds = 8 * number * (1 + slack) + 16
+    rows = [(f"delayed, slack={slack}" if slack else "delayed", predict(delayed(number, rounds, slack), costs, link))]
+    for name, schedule in SCHEDULES.items():
+        prediction = predict(schedule(number, 8, microbatches), costs, link, microbatches)
+        rows.append((f"{name}, {microbatches} microbatches", prediction))
+    return rows
+
+
 def shares(spans: Iterable[Span]) -> Mapping[str, float]:
     """How the time from the first span to the end of the last was spent, by kind, with ``"waiting"`` for the gaps."""
     ordered = sorted(spans, key=lambda span: span.start)

@@ -29,6 +29,7 @@ from lightning_dgmp.nests import copied_tensors
 from lightning_dgmp.options import Options
 from lightning_dgmp.pipeline import Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
+from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
 from lightning_dgmp.remedies import Moment, Updates
@@ -224,6 +225,11 @@ class StartingStrategy(EvaluatingStrategy):
     def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
         module = self.lightning_module
         assert module is not None
+        return make_plan(self._trace(batch, batch_idx), module, self.num_stages, self._options.split_at)
+
+    def _trace(self, batch: Any, batch_idx: int) -> Trace:
+        module = self.lightning_module
+        assert module is not None
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         batch = batch if self._feed is None else self._feed.read(batch)
         args = (batch, batch_idx) if takes_index else (batch,)
@@ -241,7 +247,7 @@ class StartingStrategy(EvaluatingStrategy):
                 f"`backward={backward!r}` runs steps twice, but `training_step` changes frozen parameters in"
                 f" place, such as `{min(trace.changed_frozen)}`. Change them in a hook, or use `backward='stash'`."
             )
-        return make_plan(trace, module, self.num_stages, self._options.split_at)
+        return trace
 
     def _end_training(self) -> None:
         if self._updates is not None:

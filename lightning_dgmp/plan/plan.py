@@ -42,13 +42,27 @@ class Transfer:
 
 @dataclass(frozen=True)
 class StageSummary:
-    """A row of the plan's table."""
+    """A row of the plan's table.
+
+    Attributes:
+        first_module: Its first module.
+        last_module: Its last module.
+        cost: Of its forward, backward and update, in floating point operations or what takes as long.
+        num_parameters: How many numbers it holds.
+        bytes_sent: To other stages, for one batch.
+        parameter_bytes: Of its parameters.
+        trained_bytes: Of those that are trained.
+        value_bytes: Of all values that depend on parameters and are made in one forward.
+    """
 
     first_module: str
     last_module: str
     cost: float
     num_parameters: int
     bytes_sent: int
+    parameter_bytes: int = 0
+    trained_bytes: int = 0
+    value_bytes: int = 0
 
 
 class Plan:
@@ -249,6 +263,10 @@ def _lay_out(
         if time > end and call in entered and (value is None or value_stages[value] == k)
     }
 
+    held = [[trace.parameters[name] for name, stages in parameters.items() if k in stages] for k in range(num_stages)]
+    made: list[dict[int, int]] = [{} for _ in range(num_stages)]  # the bytes of each storage
+    for value, stage in zip(trace.values, value_stages):
+        made[stage][value.storage] = max(made[stage].get(value.storage, 0), value.nbytes)
     summaries = []
     for k in range(num_stages):
         own = [trace.calls[i].path for i in sorted(visible) if owners[i] == k and trace.calls[i].ops]
@@ -258,8 +276,11 @@ def _lay_out(
                 own[0],
                 own[-1],
                 costs[k],
-                sum(trace.parameters[name].numel for name, stages in parameters.items() if k in stages),
+                sum(p.numel for p in held[k]),
                 sum(t.nbytes for t in transfers if t.source == k),
+                sum(p.nbytes for p in held[k]),
+                sum(p.nbytes for p in held[k] if p.requires_grad),
+                sum(made[k].values()),
             )
         )
     paths = {trace.calls[i].path for i in visible}

@@ -1,0 +1,168 @@
+"""The account of a finished run, from the events that it has logged for TensorBoard."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_dgmp.timing import KINDS
+
+__all__ = ["Comparison", "Event", "Run", "as_json", "compare", "describe", "loss_tag", "read_run"]
+
+
+class Event(NamedTuple):
+    """A number in the log: the step it is about, when it was logged in seconds, and the number."""
+
+    step: int
+    time: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of events.
+
+    Attributes:
+        folder: Where they are.
+        scalars: The numbers, by tag.
+    """
+
+    folder: Path
+    scalars: Mapping[str, list[Event]]
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages the monitor has seen; 1 without it."""
+        return sum(f"stage_{k}/forward" in self.scalars for k in range(len(self.scalars))) or 1
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median over the intervals between entries of the log, of the scalar that has the most of them."""
+        longest = max(self.scalars.values(), key=len)
+        pairs = [(a, b) for a, b in pairwise(longest) if b.step > a.step]
+        if not pairs:
+            raise ValueError(
+                f"A run must have logged a scalar twice, to tell what a step takes, but {self.folder} has not. Train"
+                " longer, or set `Trainer(log_every_n_steps=...)`."
+            )
+        return statistics.median((b.time - a.time) / (b.step - a.step) for a, b in pairs)
+
+    def median(self, tag: str) -> float | None:
+        """Of a scalar over the run, its first entry apart, when the pipeline began to fill."""
+        values = [event.value for event in self.scalars.get(tag, [])]
+        return statistics.median(values[1:] or values) if values else None
+
+    def shares(self) -> list[dict[str, float]]:
+        """How each stage has spent its time; none without the monitor."""
+        kinds = (*KINDS, "other")
+        if "stage_0/forward" not in self.scalars:
+            return []
+        return [{kind: self.median(f"stage_{k}/{kind}") or 0.0 for kind in kinds} for k in range(self.num_stages)]
+
+
+class Comparison(NamedTuple):
+    """One run beside another.
+
+    Attributes:
+        tag: Of the loss.
+        target: The lowest loss that both have reached.
+        steps: How many steps each needs for it.
+        faster: How many times faster the first makes a step.
+        fewer: How many times fewer steps it needs.
+        speedup: The product: how many times sooner it reaches the loss.
+    """
+
+    tag: str
+    target: float
+    steps: tuple[int, int]
+    faster: float
+    fewer: float
+    speedup: float
+
+    def __str__(self) -> str:
+        return (
+            f"`{self.tag}` is down to {self.target:.4g} after {self.steps[0]} steps of the first run and {self.steps[1]}"
+            f" of the second:\n{self.faster:.2f} times as fast a step x {self.fewer:.2f} times as few steps ="
+            f" {self.speedup:.2f} times sooner"
+        )
+
+
+def read_run(folder: Path) -> Run:
+    """Read a folder of events, or the newest of its subfolders that has some.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"A log folder must exist, but {folder} does not.")
+    files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise ValueError(f"A log folder must hold events of TensorBoard, but {folder} has none, also in subfolders.")
+    events = EventAccumulator(str(files[-1].parent), size_guidance={"scalars": 0})
+    events.Reload()
+    tags: list[str] = events.Tags()["scalars"]
+    scalars = {tag: [Event(e.step, e.wall_time, e.value) for e in events.Scalars(tag)] for tag in tags}
+    if not scalars:
+        raise ValueError(f"A run must have logged scalars, but {files[-1].parent} has none.")
+    return Run(files[-1].parent, scalars)
+
+
+def loss_tag(runs: list[Run], wanted: str | None = None) -> str:
+    """The scalar by which runs are compared: the one that is wanted, or a loss that all have, of validation if any.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    common = set.intersection(*(set(run.scalars) for run in runs))
+    if wanted is not None:
+        if wanted not in common:
+            raise ValueError(f"`--loss` must name a scalar of all runs, but {wanted!r} is not in {sorted(common)}.")
+        return wanted
+    losses = [tag for tag in sorted(common) if "loss" in tag.lower() or "bits" in tag.lower()]
+    if not losses:
+        raise ValueError(f"No scalar of all runs has 'loss' in its name; choose one with `--loss`: {sorted(common)}.")
+    return min(losses, key=lambda tag: ("val" not in tag.lower(), "step" in tag.lower(), tag))
+
+
+def compare(run: Run, other: Run, tag: str) -> Comparison:
+    """``run`` beside ``other``, such as delayed training beside training on one device."""
+    target = max(min(event.value for event in r.scalars[tag]) for r in (run, other))
+    steps = [next(event.step for event in r.scalars[tag] if event.value <= target) for r in (run, other)]
+    faster = other.seconds_per_step / run.seconds_per_step
+    fewer = (steps[1] + 1) / (steps[0] + 1)  # steps count from 0
+    return Comparison(tag, target, (steps[0], steps[1]), faster, fewer, faster * fewer)
+
+
+def describe(run: Run) -> str:
+    """The account of a run as text."""
+    lines = [f"{run.folder}: {1000 * run.seconds_per_step:.1f} ms a step"]
+    busy, speedup = run.median("pipeline/efficiency"), run.median("pipeline/speedup")
+    if busy is not None and speedup is not None:
+        lines.append(
+            f"the slowest stage computes in {100 * busy:.0f} % of the time; {speedup:.2f} times as fast as one"
+        )
+    kinds = (*KINDS, "other")
+    for k, shares in enumerate(run.shares()):
+        if k == 0:
+            lines.append("stage  " + "  ".join(kinds))
+        cells = (f"{100 * shares[kind]:.0f} %".rjust(len(kind)) for kind in kinds)
+        lines.append(f"{k:>5}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """The account of a run."""
+    return {
+        "folder": str(run.folder),
+        "num_stages": run.num_stages,
+        "seconds_per_step": run.seconds_per_step,
+        "efficiency": run.median("pipeline/efficiency"),
+        "speedup": run.median("pipeline/speedup"),
+        "shares": run.shares(),
+    }

@@ -1,0 +1,194 @@
+"""How a module would be divided, without training it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_dgmp.ghost import GhostError
+from lightning_dgmp.host import LightningModule, MisconfigurationException, Trainer
+from lightning_dgmp.plan.cut import PlanError
+from lightning_dgmp.plan.plan import Plan, StageSummary, make_plan
+from lightning_dgmp.plan.record import Trace
+from lightning_dgmp.schedule import delays_of
+from lightning_dgmp.simulator import Prediction, StageCost, delayed, predict
+from lightning_dgmp.strategy import DelayedMPStrategy
+
+__all__ = ["REFUSALS", "Memory", "as_json", "describe", "make", "memory_of", "plans_of", "predict_plan", "trace_of"]
+
+#: What says that a module cannot be trained so.
+REFUSALS = (MisconfigurationException, PlanError, GhostError)
+
+
+class Memory(NamedTuple):
+    """What a stage holds, in bytes.
+
+    Attributes:
+        parameters: Its weights.
+        gradients: Of those that are trained.
+        optimizer: Two numbers a trained weight, as Adam keeps them.
+        snapshots: The old weights of the batches in flight.
+        activations: All values that its forwards make, for each batch in flight; what the backward needs of them is
+            less.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    snapshots: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(self)
+
+
+def _load(spec: str, what: str) -> Any:
+    """What ``spec`` names, as ``package.module:Name`` or ``path/to/script.py:Name``.
+
+    Raises:
+        ValueError: If there is no such thing, with the reason.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise ValueError(f"{what} must be given as `package.module:Name` or `script.py:Name`, but is {spec!r}.")
+    try:
+        if place.endswith(".py"):
+            path = Path(place).resolve()
+            sys.path.insert(0, str(path.parent))
+            found = importlib.util.spec_from_file_location(path.stem, path)
+            assert found is not None
+            assert found.loader is not None
+            module = sys.modules[path.stem] = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")
+            module = importlib.import_module(place)
+    except Exception as error:
+        raise ValueError(f"{what} is {spec!r}, but `{place}` cannot be imported: {_text(error)}") from error
+    try:
+        return getattr(module, name)
+    except AttributeError:
+        near = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")][:10]
+        raise ValueError(f"{what} is {spec!r}, but `{place}` has no `{name}`. It has {', '.join(near)}.") from None
+
+
+def make(spec: str, what: str, arguments: dict[str, Any], kind: type | None = None) -> Any:
+    """What ``spec`` names, called with ``arguments`` if it is a class or a function.
+
+    Raises:
+        ValueError: If it cannot be made, or is not of the ``kind``.
+    """
+    found = _load(spec, what)
+    if inspect.isclass(found) or inspect.isroutine(found):
+        try:
+            found = found(**arguments)
+        except Exception as error:
+            raise ValueError(f"{what} is {spec!r}, but calling it failed: {_text(error)}") from error
+    if kind is not None and not isinstance(found, kind):
+        raise ValueError(f"{what} must be a `{kind.__name__}`, but {spec!r} is a `{type(found).__name__}`.")
+    return found
+
+
+def trace_of(module: LightningModule, data: Any = None) -> Trace:
+    """What ``training_step`` runs on the first batch; nothing is trained.
+
+    Args:
+        module: The LightningModule.
+        data: A data module or a loader; by default the module's own.
+    """
+    strategy = _Planning(num_stages=2, virtual=True)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False, max_epochs=1,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    is_module = hasattr(data, "train_dataloader")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(_Planned):
+            trainer.fit(module, datamodule=data) if is_module else trainer.fit(module, data)
+    assert strategy.trace is not None
+    return strategy.trace
+
+
+class _Planning(DelayedMPStrategy):
+    """Ends training before it begins."""
+
+    trace: Trace | None = None
+
+    def _begin_training(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None
+        self.trace = self._trace(batch, batch_idx)
+        raise _Planned
+
+
+class _Planned(Exception):
+    """There is a trace."""
+
+
+def plans_of(trace: Trace, module: nn.Module, numbers: list[int]) -> dict[int, Plan | str]:
+    """The plan for each number of stages, or why there is none."""
+    plans: dict[int, Plan | str] = {}
+    for number in numbers:
+        try:
+            plans[number] = make_plan(trace, module, number)
+        except PlanError as error:
+            plans[number] = str(error)
+    return plans
+
+
+def memory_of(stage: StageSummary, delay: int) -> Memory:
+    """What a stage holds if so many batches stay in flight on it."""
+    trained = stage.trained_bytes
+    return Memory(
+        stage.parameter_bytes, trained, 2 * trained, delay * stage.parameter_bytes, (delay + 1) * stage.value_bytes
+    )
+
+
+def predict_plan(plan: Plan, slack: int = 0) -> Prediction:
+    """What the pipeline comes to if all devices are equal and messages take no time; its unit of time means nothing."""
+    costs = [StageCost(stage.cost / 3, 2 * stage.cost / 3) for stage in plan.stages]
+    return predict(delayed(plan.num_stages, 8 * plan.num_stages * (1 + slack) + 8, slack), costs)
+
+
+def as_json(number: int, plan: Plan | str) -> dict[str, Any]:
+    """What there is to say about a plan, or why there is none."""
+    if isinstance(plan, str):
+        return {"num_stages": number, "refused": plan}
+    prediction = predict_plan(plan)
+    memory = [memory_of(stage, delay) for stage, delay in zip(plan.stages, delays_of(number))]
+    return {
+        "num_stages": number,
+        "speedup": prediction.speedup,
+        "split_at": [stage.first_module for stage in plan.stages[1:]],
+        "stages": [
+            {**vars(stage), "memory": {**one._asdict(), "total": one.total}} for stage, one in zip(plan.stages, memory)
+        ],
+    }
+
+
+def describe(plan: Plan, told: dict[str, Any]) -> str:
+    """The plan's table, and what it comes to."""
+    names = Memory._fields
+    rows: list[tuple[str, ...]] = [("stage", *names, "total")]
+    for k, stage in enumerate(told["stages"]):
+        rows.append((str(k), *(f"{stage['memory'][name] / 1e6:.1f} MB" for name in (*names, "total"))))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    memory = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    return (
+        f"{plan.table()}\n\nAt most, with an optimizer as Adam, and all values that the forwards make:\n{memory}\n\n"
+        f"Predicted: {told['speedup']:.2f} times as fast as one device, if messages take no time."
+    )
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

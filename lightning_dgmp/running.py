@@ -1,0 +1,33 @@
+"""Runs a script with the strategy registered, also in the processes that Lightning starts."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["run_script", "start_children_alike"]
+
+_command: list[str] = []  # before the arguments of the script, if it runs so
+
+
+def run_script(script: Path, arguments: Sequence[str]) -> None:
+    """Run ``script`` as ``python script.py arguments`` would."""
+    path = str(script.resolve())
+    _command[:] = [sys.executable, "-m", "lightning_dgmp", "run", path]
+    sys.argv = [path, *arguments]
+    sys.path[0] = str(script.resolve().parent)
+    runpy.run_path(path, run_name="__main__")
+
+
+def start_children_alike(launchers: Any) -> None:
+    """Let the children of a script that runs so do it too.
+
+    Args:
+        launchers: Lightning's module with the launcher of scripts, whose private function for the command is exchanged
+            here and nowhere else.
+    """
+    if _command:
+        launchers._basic_subprocess_cmd = lambda: _command + sys.argv[1:]
