@@ -42,7 +42,7 @@ def test_recurrent_networks_keep_a_list_of_their_parameters() -> None:
 
 
 def test_the_loops_have_what_is_overridden() -> None:
-    own = {"_broadcast_sigterm_tensor", "_pass_on_wishes_to_stop"}
+    own = {"_broadcast_sigterm_tensor", "_pass_on_wishes_to_stop", "increment_progress_to_evaluation_end"}
     pairs = [
         (_DelayedEpochLoop, _TrainingEpochLoop),
         (_DelayedFitLoop, _FitLoop),
