@@ -41,14 +41,18 @@ def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     has_tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
     monitor = None
-    if has_tensorboard and not any(isinstance(callback, DelayedMPMonitor) for callback in callbacks):
+    if (
+        has_tensorboard
+        and strategy.has_feed
+        and not any(isinstance(callback, DelayedMPMonitor) for callback in callbacks)
+    ):
         callbacks.append(monitor := DelayedMPMonitor())
     for callback in callbacks:
-        if isinstance(callback, Timer):
+        if isinstance(callback, Timer) and strategy.has_feed:
             callback.on_train_batch_end = _of_timer(callback, strategy)  # type: ignore[method-assign]
         elif isinstance(callback, ModelCheckpoint):
             callback.on_train_batch_end = _of_checkpoint(callback, strategy)  # type: ignore[method-assign]
-        if isinstance(callback, (ModelCheckpoint, OnExceptionCheckpoint)):
+        if isinstance(callback, (ModelCheckpoint, OnExceptionCheckpoint)) and strategy.has_feed:
             callback.on_exception = _only_together(callback)  # type: ignore[method-assign]
 
     def undo() -> None:
@@ -77,8 +81,12 @@ def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> 
 
     def on_train_batch_end(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         runner, interval = strategy.runner, checkpoint._train_time_interval
-        assert runner is not None
         every = checkpoint._every_n_train_steps
+        if every >= 1 and trainer.fit_loop._should_accumulate():
+            return  # this step is not over, or it has been saved; and to save is to flush
+        if runner is None:
+            original(trainer, *args, **kwargs)
+            return
         is_due = Wish.SAVE in runner.messages.granted or (every >= 1 and trainer.global_step % every == 0)
         if is_due and checkpoint.monitor is not None:
             strategy.learned.share_results()

@@ -1,7 +1,7 @@
 """Clipping by the norm of all gradients, of which a process has those of its stage alone.
 
-``torch.nn.utils.clip_grad_norm_``, which Lightning calls and users may under any name, measures and scales by two
-private functions of its module, which are exchanged while a pipeline trains.
+``torch.nn.utils.clip_grad_norm_``, which Lightning calls and users may under any name, is ``get_total_norm`` and then
+``clip_grads_with_norm_``, and what these wrap is exchanged while a pipeline trains.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from lightning_dgmp.host import LightningModule, MisconfigurationException, is_overridden
 
-__all__ = ["Part", "after_clipping", "clip_by_total_norm", "clips_by_norm", "updated_by"]
+__all__ = ["Part", "after_clipping", "clip_by_total_norm", "clips_by_norm", "norm_of", "updated_by"]
 
 
 class Part(NamedTuple):
@@ -47,66 +48,100 @@ def updated_by(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Paramete
     return [parameter for parameter in parameters if parameter in updated]
 
 
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of these tensors alone, whatever is exchanged."""
+    with torch.no_grad():
+        return _original(get_total_norm)(gradients)  # type: ignore[no-any-return]
+
+
 def clip_by_total_norm(
     parts: Callable[[], Sequence[Part]], gradients: Callable[[], Iterable[Tensor]]
 ) -> Callable[[], None]:
-    """Let ``torch.nn.utils.clip_grad_norm_`` take the norm of all stages, from now on.
+    """Let torch's functions for clipping take the norm of all stages, and let them do nothing without gradients.
 
     Args:
         parts: The stages of this process now; none: the norm is not known.
-        gradients: Those that it concerns; what is called with others does what it always does.
+        gradients: Those that it concerns; a function that is called with others does what it always does.
 
     Returns:
         What undoes it.
     """
-    norms: list[Tensor] = []
+    totals: list[Tensor] = []  # of the gradients as they are now, of each part
+    refusals: dict[int, tuple[Tensor, str]] = {}  # norms that are no totals, and why nothing can be clipped by them
 
-    def get_total_norm(
-        tensors: Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, *args: Any
+    def total_norm(
+        tensors: Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, *args: Any, **kwargs: Any
     ) -> Tensor:
         tensors, known = list(tensors), parts()
         given = {id(grad) for grad in tensors}
         if not any(id(grad) in given for grad in gradients()):
-            return measure(tensors, norm_type, error_if_nonfinite, *args)
-        if not known:
-            raise MisconfigurationException(
-                "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other if they know"
-                " that it is wanted. Clip by `Trainer(gradient_clip_val=...)`, or in the LightningModule's hook"
-                " `configure_gradient_clipping`."
-            )
-        if norm_type != 2.0:
-            raise MisconfigurationException(
-                "`strategy='delayed_mp'` clips by the 2-norm of all gradients, or by value, but `norm_type="
-                f"{norm_type}`. Use `norm_type=2`."
-            )
-        norms.clear()
-        for part in known:
-            if not all(id(p.grad) in given for p in part.parameters if p.grad is not None):
-                raise MisconfigurationException(
-                    "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other, but"
-                    " `clip_grad_norm_` was called for some of the parameters. Pass it all that have gradients, as"
-                    " `self.parameters()`."
-                )
-            norms.append(part.total_norm())
-            if error_if_nonfinite and not norms[-1].isfinite():
-                raise RuntimeError("The norm of all gradients is not finite, so they cannot be clipped.")
-        return norms[-1]
+            return measure(tensors, norm_type, error_if_nonfinite, *args, **kwargs)  # type: ignore[no-any-return]
+        is_whole = all(id(p.grad) in given for part in known for p in part.parameters if p.grad is not None)
+        if refusal := _refusal(bool(known), float(norm_type), is_whole):
+            norm = measure(tensors, norm_type, error_if_nonfinite, *args, **kwargs)
+            refusals[id(norm)] = norm, refusal
+            return norm  # type: ignore[no-any-return]
+        refusals.clear()
+        totals[:] = [part.total_norm() for part in known]
+        if error_if_nonfinite and not all(norm.isfinite() for norm in totals):
+            raise RuntimeError("The norm of all gradients is not finite, so they cannot be clipped.")
+        return totals[-1]
 
-    def clip_grads_with_norm_(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any) -> None:
-        if not any(total_norm is norm for norm in norms):
-            scale(parameters, max_norm, total_norm, *args)
+    def clip_with_norm(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> None:
+        if id(total_norm) in refusals:
+            raise MisconfigurationException(refusals[id(total_norm)][1])
+        if not any(total_norm is norm for norm in totals):
+            clip(parameters, max_norm, total_norm, *args, **kwargs)
             return
-        for part, norm in zip(parts(), norms):
-            scale([p for p in part.parameters if p.grad is not None], max_norm, norm, *args)
+        for part, norm in zip(parts(), totals):
+            clip([p for p in part.parameters if p.grad is not None], max_norm, norm, *args, **kwargs)
             part.note((float(max_norm) / (norm + 1e-6)).clamp(max=1.0))
 
-    measure, scale = clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_
-    clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = get_total_norm, clip_grads_with_norm_  # type: ignore[assignment]
+    def clip_value(parameters: Any, *args: Any, **kwargs: Any) -> None:
+        concerned = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        if any(parameter.grad is not None for parameter in concerned):  # torch's cannot do without
+            clip_by_value(concerned, *args, **kwargs)
+
+    ours = {get_total_norm: total_norm, clip_grads_with_norm_: clip_with_norm, clip_grad_value_: clip_value}
+    measure, clip, clip_by_value = map(_original, ours)
+    for function, replacement in ours.items():
+        _cell(function).cell_contents = replacement
 
     def undo() -> None:
-        clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_ = measure, scale
+        for function in ours:
+            _cell(function).cell_contents = _original(function)
 
     return undo
+
+
+def _refusal(is_known: bool, norm_type: float, is_whole: bool) -> str | None:
+    """Why gradients cannot be clipped by a norm; ``None`` if they can."""
+    if not is_known:
+        return (
+            "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other if they know that"
+            " it is wanted. Clip by `Trainer(gradient_clip_val=...)`, or in the LightningModule's hook"
+            " `configure_gradient_clipping`."
+        )
+    if norm_type != 2.0:
+        return (
+            "`strategy='delayed_mp'` clips by the 2-norm of all gradients, or by value, but `norm_type="
+            f"{norm_type}`. Use `norm_type=2`."
+        )
+    if not is_whole:
+        return (
+            "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other, but it was asked"
+            " for that of some of the parameters. Pass all that have gradients, as `self.parameters()`."
+        )
+    return None
+
+
+def _original(function: Any) -> Any:
+    return function.__wrapped__
+
+
+def _cell(function: Any) -> Any:
+    """Where a function of torch keeps what it wraps: the same for all who have imported it, under any name."""
+    return function.__closure__[function.__code__.co_freevars.index("func")]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lightning_dgmp.callbacks import reads_outputs
 from lightning_dgmp.data import Feed, check_sampler, own_loader
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.host import Trainer
+from lightning_dgmp.learned import Learned
 from lightning_dgmp.nests import copied_tensors
 from lightning_dgmp.pipeline import Interception
 from lightning_dgmp.saving import SavingStrategy
@@ -32,6 +33,7 @@ class EvaluatingStrategy(SavingStrategy):
     """
 
     _interception: Interception
+    learned: Learned
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -71,6 +73,16 @@ class EvaluatingStrategy(SavingStrategy):
         seed = mix_seed(self._seed, epoch, 0)
         seed_all(seed, _HOST)
         self._loading.seed(seed)
+
+    def align_batch(self, number: int, kind: int) -> None:
+        """Begin a batch in the same random state on all stages, for the hooks that change it: they may draw.
+
+        Args:
+            number: Of the batch.
+            kind: Tells training and the loaders of an evaluation apart.
+        """
+        if self._feed is not None:
+            seed_all(mix_seed(self._seed, number, 2 + kind), self.root_device)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -115,6 +127,8 @@ class EvaluatingStrategy(SavingStrategy):
                 self.root_device,
                 self._seed,
             )
+        if self.stage == self.num_stages - 1:
+            self.learned.before_step()
         key = name, args[2] if len(args) > 2 else 0
         if self._feed is not None and not self._evaluation.has_run(key):
             args = self._feed.read(args)  # for the trace, which runs everything

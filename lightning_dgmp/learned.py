@@ -21,13 +21,14 @@ from lightning_dgmp.plan.restore import is_object_of_user
 __all__ = ["Learned"]
 
 _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), numpy.ndarray, numpy.generic)
-_Attributes = dict[tuple[str, str, str], Any]
+_Key = tuple[str, str, str]
+_Attributes = dict[_Key, Any]
 
 
 class Learned:
     """The plain attributes of a LightningModule and of its metrics, as far as they have changed.
 
-    Attributes count that are tensors, arrays, numbers or strings, nests of these, or objects with such attributes.
+    Attributes count that are tensors, arrays, numbers or strings, nests or sets of these, or objects with such.
 
     Args:
         module: The LightningModule.
@@ -43,6 +44,21 @@ class Learned:
     ) -> None:
         self._module, self._share, self._gather = module, share, gather
         self._marks = {key: marks(value) for key, value in self._attributes()}
+        self._changed: set[_Key] = set()  # before the marks were made
+        self._begins, self._has_stepped = True, False
+
+    def begin(self) -> None:
+        """Let what the next steps change be told from what hooks, which all stages run, have done before them."""
+        self._begins = True
+
+    def before_step(self) -> None:
+        """Before a step on the last stage."""
+        if self._begins:
+            now = dict(self._attributes())
+            if self._has_stepped:
+                self._changed |= {key for key, value in now.items() if not is_same(self._marks.get(key), value)}
+            self._marks = {key: marks(value) for key, value in now.items()}
+        self._begins, self._has_stepped = False, True
 
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
@@ -73,11 +89,14 @@ class Learned:
 
     def _changes(self) -> _Attributes:
         now = dict(self._attributes())
-        changed = {key: value for key, value in now.items() if not is_same(self._marks.get(key), value)}
-        self._marks = {key: marks(value) for key, value in now.items()}
+        changed = {
+            key: value for key, value in now.items() if key in self._changed or not is_same(self._marks.get(key), value)
+        }
+        self._marks, self._changed = {key: marks(value) for key, value in now.items()}, set()
+        self._begins, self._has_stepped = True, False
         return changed
 
-    def _attributes(self) -> Iterator[tuple[tuple[str, str, str], Any]]:
+    def _attributes(self) -> Iterator[tuple[_Key, Any]]:
         internal = vars(LightningModule()).keys()
         for path, module in self._module.named_modules():
             if path and not isinstance(module, (Metric, MetricCollection)):
@@ -90,8 +109,12 @@ class Learned:
                 yield from (((path, name, inner), realised(item)) for inner, item in inside if _is_plain(item))
 
 
+def _is_plain_set(value: Any) -> bool:
+    return isinstance(value, (set, frozenset)) and all(_is_plain(item) for item in value)
+
+
 def _is_plain(value: Any) -> bool:
     try:
-        return all(isinstance(leaf, _PLAIN) for leaf in leaves(value))
+        return all(isinstance(leaf, _PLAIN) or _is_plain_set(leaf) for leaf in leaves(value))
     except Exception:  # a nest that contains itself, or one that cannot be looked through
         return False

@@ -87,9 +87,9 @@ class Comparison(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"`{self.tag}` is down to {self.target:.4g} after {self.steps[0]} steps of the first run and {self.steps[1]}"
-            f" of the second:\n{self.faster:.2f} times as fast a step x {self.fewer:.2f} times as few steps ="
-            f" {self.speedup:.2f} times sooner"
+            f"`{self.tag}` is down to {self.target:.4g} after {self.steps[0]} steps of the first run and"
+            f" {self.steps[1]} of the second:\n{self.faster:.2f} times as fast a step x {self.fewer:.2f} times as few"
+            f" steps = {self.speedup:.2f} times sooner"
         )
 
 
@@ -145,7 +145,7 @@ def describe(run: Run) -> str:
     busy, speedup = run.median("pipeline/efficiency"), run.median("pipeline/speedup")
     if busy is not None and speedup is not None:
         lines.append(
-            f"the slowest stage computes in {100 * busy:.0f} % of the time; {speedup:.2f} times as fast as one"
+            f"the slowest stage computes in {100 * busy:.0f} % of the time; {speedup:.2f} times as fast as one device"
         )
     kinds = (*KINDS, "other")
     for k, shares in enumerate(run.shares()):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from typing_extensions import override
 
 from lightning_dgmp.host import (
@@ -105,6 +106,11 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
             super()._broadcast_sigterm_tensor()
 
     @override
+    def advance(self, data_fetcher: Any) -> None:
+        self._strategy.align_batch(self.total_batch_idx + 1, 0)
+        super().advance(data_fetcher)
+
+    @override
     def on_advance_end(self, data_fetcher: Any) -> None:
         self._pass_on_wishes_to_stop()
         runner, validates = self._strategy.runner, self._should_check_val_fx(data_fetcher)
@@ -129,11 +135,23 @@ class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):
         with self._strategy.keeping_loading() if isolates else nullcontext():
             return super().run()
 
+    def increment_progress_to_evaluation_end(self) -> None:
+        """Where training resumes behind a validation; begins the loader once more, which a run that goes on has not."""
+        has_feed = self._strategy.has_feed
+        with self._strategy.keeping_loading() if has_feed else torch.random.fork_rng(devices=[]):
+            super().increment_progress_to_evaluation_end()
+
     @override
-    def _evaluation_step(self, *args: Any) -> None:
+    def _on_evaluation_epoch_start(self, *args: Any, **kwargs: Any) -> None:
+        super()._on_evaluation_epoch_start(*args, **kwargs)
+        self._strategy.learned.begin()
+
+    @override
+    def _evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int, *args: Any) -> None:
         if self._strategy.has_feed:
             self._strategy.signals.before_evaluation_batch()
-        super()._evaluation_step(*args)
+            self._strategy.align_batch(self.trainer.global_step << 20 | batch_idx, 1 + dataloader_idx)
+        super()._evaluation_step(batch, batch_idx, dataloader_idx, *args)
 
     @override
     def _store_dataloader_outputs(self) -> None:
@@ -145,13 +163,23 @@ class _SharingEvaluationLoop(_WithStrategy, _EvaluationLoop):
         self._strategy.learned.share_state()
         super()._on_evaluation_epoch_end()
 
+    @override
+    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
+        self._strategy.learned.share_results()  # also what hooks have logged at the end of the epoch
+        super()._on_evaluation_end(*args, **kwargs)
+
+    @override
+    def on_run_end(self) -> Any:
+        return self._strategy.share_of_last_stage(super().on_run_end(), "the results of an evaluation")
+
 
 class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
     @override
-    def _predict_step(self, *args: Any) -> None:
+    def _predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int, *args: Any) -> None:
         if self._strategy.has_feed:
             self._strategy.signals.before_evaluation_batch()
-        super()._predict_step(*args)
+            self._strategy.align_batch(self.trainer.global_step << 20 | batch_idx, 1 + dataloader_idx)
+        super()._predict_step(batch, batch_idx, dataloader_idx, *args)
         is_last_batch = self.batch_progress.is_last_batch  # type: ignore[attr-defined]
         if self._strategy.has_feed and self.trainer.received_sigterm and not is_last_batch:
             raise SIGTERMException  # as Lightning's other loops do
@@ -170,6 +198,11 @@ class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
         if self._strategy.stage == 0 and (seen := super()._get_batch_indices(dataloader)):
             mine = {self._batch_idx: seen[self._batch_idx]}
         return self._strategy.share_of_first_stage(mine, "the indices of a batch")
+
+    @override
+    def _on_predict_epoch_start(self) -> None:
+        super()._on_predict_epoch_start()
+        self._strategy.learned.begin()
 
     @override
     def _on_predict_epoch_end(self) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -221,6 +222,11 @@ class MeshStrategy(DDPStrategy):
 
     def wrap_in_ddp(self, module: nn.Module, **kwargs: Any) -> DistributedDataParallel:
         """DDP with the options of the user, where ``kwargs`` are not ours, and its communication hook."""
+        if kwargs.get("find_unused_parameters") and isinstance(self._ddp_comm_state, PowerSGDState):
+            raise MisconfigurationException(  # it knows them by their buckets, and would mix its messages with DDP's
+                "The communication hook `powerSGD_hook` needs the same trained parameters all the time, but some were"
+                " frozen or unfrozen. Use another one, such as `fp16_compress_hook`, or leave `requires_grad` as it is."
+            )
         device_ids = self.determine_ddp_device_ids()
         ddp = DistributedDataParallel(module, device_ids=device_ids, **{**self._ddp_kwargs, **kwargs})
         self._register_hook(ddp)

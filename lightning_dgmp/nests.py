@@ -128,12 +128,14 @@ class _TensorMark(NamedTuple):
 def _mark(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return _TensorMark(weakref.ref(leaf), _version(leaf))
-    return leaf.copy() if isinstance(leaf, numpy.ndarray) else leaf
+    return leaf.copy() if isinstance(leaf, (numpy.ndarray, set)) else leaf
 
 
 def _is_same_leaf(mark: Any, leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
         return isinstance(mark, _TensorMark) and mark.tensor() is leaf and mark.version == _version(leaf) is not None
+    if isinstance(leaf, (set, frozenset)):
+        return type(mark) is type(leaf) and bool(mark == leaf)
     if not isinstance(leaf, (*_LEAVES, complex, numpy.ndarray, numpy.generic)):
         return mark is leaf
     return type(mark) is type(leaf) and bool(numpy.array_equal(mark, leaf))  # type: ignore[arg-type]

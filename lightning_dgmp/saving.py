@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dgmp.host import TorchCheckpointIO
 from lightning_dgmp.mesh import MeshStrategy
 from lightning_dgmp.pipeline import Pipeline
-from lightning_dgmp.sharded import is_sharded, load_sharded, save_sharded
+from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place, save_sharded
 
 __all__ = ["SavingStrategy"]
 
@@ -93,6 +94,12 @@ class SavingStrategy(MeshStrategy):
                 "seeds": self._seeds,
                 **squares,
             }  # from which the random numbers of all epochs and steps follow
+        assert self.lightning_module is not None
+        datamodule = getattr(self.lightning_module.trainer, "datamodule", None)
+        if self._world is not None and datamodule is not None:  # the first stage loads
+            key = type(datamodule).__qualname__
+            state = self.share_of_first_stage(checkpoint.pop(key, None), "the state of the data module")
+            checkpoint.update({} if state is None else {key: state})
         if self._is_sharded:
             group = None if self._world is None else self._world.group
             save_sharded(checkpoint, Path(filepath), group, self.is_global_zero, self.barrier)
@@ -103,7 +110,7 @@ class SavingStrategy(MeshStrategy):
         elif self.is_global_zero:  # a kill at any moment leaves the previous file
             partial_path = f"{filepath}.part"
             super().save_checkpoint(checkpoint, partial_path, storage_options)
-            os.replace(partial_path, filepath)
+            put_in_place(Path(partial_path), Path(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -111,10 +118,14 @@ class SavingStrategy(MeshStrategy):
             if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
                 return load_sharded(Path(checkpoint_path), *args, **kwargs)
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        except (RuntimeError, EOFError) as error:  # of torch, which does not say of which file
+        except FileNotFoundError:
+            raise
+        except (Exception, CheckpointException) as error:  # of torch, which does not say of which file
+            if isinstance(error, UnpicklingError) and "weights_only" in str(error):
+                raise
             raise RuntimeError(
-                f"The checkpoint `{checkpoint_path}` cannot be read: {error} If it is not whole, copy it again, or"
-                " resume from an earlier one."
+                f"The checkpoint `{checkpoint_path}` cannot be read: {type(error).__name__}: {error} If it is"
+                " not whole, copy it again, or resume from an earlier one."
             ) from error
 
     @override

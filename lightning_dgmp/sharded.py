@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-__all__ = ["is_sharded", "load_sharded", "save_sharded"]
+__all__ = ["is_sharded", "load_sharded", "put_in_place", "save_sharded"]
 
 _META = "meta.pt"
 
@@ -44,7 +44,7 @@ def save_sharded(
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     state = {"model": checkpoint["state_dict"]}
     state.update({f"optimizer_{i}": _by_text(part) for i, part in enumerate(checkpoint.get("optimizer_states", []))})
-    partial, old = Path(f"{path}.part"), Path(f"{path}.old")
+    partial = Path(f"{path}.part")
     if is_global_zero:
         _remove(partial)
         partial.mkdir(parents=True)
@@ -52,14 +52,22 @@ def save_sharded(
     dcp.save(state, checkpoint_id=partial, process_group=group)
     if is_global_zero:
         torch.save(rest, partial / _META)
-        if not _exchange(partial, path):
-            if path.exists():
-                _remove(old)
-                os.rename(path, old)
-            os.rename(partial, path)
-        _remove(old)
-        _remove(partial)
+        put_in_place(partial, path)
     wait_for_all("the end of a sharded checkpoint")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Let ``path`` be what ``partial`` is, a file or a folder in the place of either; at once if that is possible."""
+    old = Path(f"{path}.old")
+    if not path.is_dir() and not partial.is_dir():
+        os.replace(partial, path)
+    elif not _exchange(partial, path):
+        if path.exists():
+            _remove(old)
+            os.rename(path, old)
+        os.rename(partial, path)
+    _remove(old)
+    _remove(partial)
 
 
 def is_sharded(path: Path) -> bool:
@@ -86,7 +94,8 @@ def load_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]
             raise FileNotFoundError(_incomplete(path, name))
     _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     optimizers = sorted((key for key in state if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
-    return {**extra, "state_dict": state["model"], "optimizer_states": [state[key] for key in optimizers]}
+    states = [{"state": {}, **state[key]} for key in optimizers]  # which is left out if it is empty
+    return {**extra, "state_dict": state["model"], "optimizer_states": states}
 
 
 def _by_text(optimizer_state: dict[str, Any]) -> dict[str, Any]:

@@ -126,10 +126,10 @@ class DelayedMPStrategy(StartingStrategy):
             self._share_randomness(trainer)
             install_loops(trainer)
             self.learned = Learned(self.lightning_module, self.share_of_last_stage, self.gather_from_stages)
+            self._undo_callbacks = adapt_callbacks(trainer, self)
             if self._is_pipeline:
                 assert self._world is not None
                 assert self._feed is not None
-                self._undo_callbacks = adapt_callbacks(trainer, self)
                 self.signals = Signals(trainer, self, self._feed, self._world.flag())
         super().setup(trainer)
 
@@ -188,6 +188,8 @@ class DelayedMPStrategy(StartingStrategy):
             ):
                 return module.training_step(*fresh(args), **fresh(kwargs))
 
+        if runner.is_last:
+            self.learned.before_step()
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
         fresh = copied_tensors if self._options.backward != "stash" else partial(map_leaves, _same)
 

@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from torch.distributed import TCPStore
+
 __all__ = ["Failure", "WorkerPool", "free_port"]
 
 
@@ -59,11 +61,13 @@ class WorkerPool:
         workers = self._workers[:world_size]
         for worker in workers:
             worker.wait_until_ready()
-        port = free_port()
+        # As with torchrun, the store is there before the ranks are: who looks for it in vain sleeps half a second.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, worker in enumerate(workers):
             environment = {
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_RANK": str(rank),
                 "NODE_RANK": "0",
@@ -157,6 +161,7 @@ def _work(pipe: Any, log: str) -> None:
             os.environ.pop(name, None)
         if clean:
             gc.collect()  # each process group has threads of its own, which wake up again and again
+            gc.freeze()
         faulthandler.cancel_dump_traceback_later()
         pipe.send((result, clean))
 

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.call import _interrupt
 from torch import nn
 from torch.nn.utils import clip_grad
 
+from lightning_dgmp.clipping import _cell
 from lightning_dgmp.loops import (
     _DelayedEpochLoop,
     _DelayedFitLoop,
@@ -41,7 +42,7 @@ def test_recurrent_networks_keep_a_list_of_their_parameters() -> None:
 
 
 def test_the_loops_have_what_is_overridden() -> None:
-    own = {"_broadcast_sigterm_tensor", "_pass_on_wishes_to_stop"}
+    own = {"_broadcast_sigterm_tensor", "_pass_on_wishes_to_stop", "increment_progress_to_evaluation_end"}
     pairs = [
         (_DelayedEpochLoop, _TrainingEpochLoop),
         (_DelayedFitLoop, _FitLoop),
@@ -74,11 +75,17 @@ def test_the_trainer_has_what_is_set() -> None:
     assert "strategy.on_exception" in inspect.getsource(_interrupt)
 
 
-def test_clipping_by_norm_measures_and_scales_by_functions_of_its_module() -> None:
+def test_clipping_by_norm_measures_and_scales_by_the_public_functions() -> None:
     source = inspect.getsource(clip_grad.clip_grad_norm_)
     assert "_get_total_norm(grads, norm_type, error_if_nonfinite, foreach)" in source
     assert "_clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)" in source
-    assert clip_grad.clip_grad_norm_ is nn.utils.clip_grad_norm_
+    assert clip_grad._get_total_norm is nn.utils.get_total_norm
+    assert clip_grad._clip_grads_with_norm_ is nn.utils.clip_grads_with_norm_
+
+
+def test_functions_for_clipping_keep_what_they_wrap_in_a_cell() -> None:
+    for function in (nn.utils.get_total_norm, nn.utils.clip_grads_with_norm_, nn.utils.clip_grad_value_):
+        assert _cell(function).cell_contents is function.__wrapped__  # type: ignore[attr-defined]
 
 
 def test_the_clipping_hook_is_called_whether_there_is_clipping_or_not() -> None:

@@ -44,6 +44,7 @@ class Outcome:
         self.state = {name: value.clone() for name, value in module.state_dict().items()}
         self.rows = logger.rows
         self.global_step = trainer.global_step
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         plan = getattr(trainer.strategy, "_plan", None)
         self.plan = None if plan is None else str(plan)
         self.stages = {} if plan is None else {name: plan.stage_of(name) for name, _ in module.named_parameters()}

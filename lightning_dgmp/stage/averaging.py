@@ -56,6 +56,7 @@ class Averaging:
     def backward(self, reduces: bool) -> Iterator[None]:
         """Around a backward, before which :meth:`roots` must be called; without ``reduces`` gradients only add up."""
         if self._which_are_trained() != self._trained:  # as after finetuning callbacks; batches in flight know nothing
+            self.reduce_kept()  # what has added up for parameters that are no longer trained counts, but not here alone
             # The weights are the same everywhere, and what has run its forward needs them untouched.
             self._trained, self._ddp = self._wrapped(find_unused_parameters=True, init_sync=False)
         with nullcontext() if reduces else self._ddp.no_sync():
@@ -76,11 +77,12 @@ class Averaging:
     @torch.no_grad()
     def reduce_kept(self) -> None:
         """Average gradients that have added up without being reduced."""
-        trained = [p for p in self._own if p.requires_grad]
-        used = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=self._device)
+        if not self._own:
+            return
+        used = torch.tensor([p.grad is not None for p in self._own], dtype=torch.int32, device=self._device)
         work = dist.all_reduce(used, dist.ReduceOp.MAX, self._group, async_op=True)
         self._wait(work, "the average of gradients")
-        for parameter, is_used in zip(trained, used.tolist()):
+        for parameter, is_used in zip(self._own, used.tolist()):
             if is_used:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 work = dist.all_reduce(grad.div_(self._group.size()), group=self._group, async_op=True)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_dgmp.clipping import norm_of
 from lightning_dgmp.precision import StageGradScaler
 
 __all__ = ["StageNotes", "VirtualNotes"]
@@ -125,7 +126,7 @@ class VirtualNotes:
 def _with(squares: Tensor, stage: int, gradients: Sequence[Tensor], scale: Tensor | None = None) -> Tensor:
     if not gradients:
         return squares
-    new, norm = squares.clone(), torch.nn.utils.get_total_norm(gradients).float()
+    new, norm = squares.clone(), norm_of(gradients).float()
     new[stage] = (norm if scale is None else norm / scale) ** 2
     return torch.where(new.isfinite(), new, squares)
 

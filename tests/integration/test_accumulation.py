@@ -34,7 +34,7 @@ def test_virtual_stages_are_a_fifo_of_gradients(pool: WorkerPool, accumulate: in
         torch.testing.assert_close(ours.state[name], p.detach(), rtol=TOLERANCE[optimizer], atol=TOLERANCE[optimizer])
 
 
-@pytest.mark.parametrize(("num_stages", "accumulate"), [(2, 2), (2, 8), (4, 2), (4, 3)])
+@pytest.mark.parametrize(("num_stages", "accumulate"), [(2, 2), (2, 3), (2, 8), (4, 2), (4, 3)])
 @pytest.mark.parametrize("backward", ["stash", "recompute"])
 def test_processes_equal_virtual_stages(pool: WorkerPool, num_stages: int, accumulate: int, backward: str) -> None:
     args: dict[str, Any] = {"module_args": {"optimizer": "momentum"}, "accumulate_grad_batches": accumulate}

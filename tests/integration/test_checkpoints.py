@@ -124,6 +124,49 @@ def test_resuming_is_going_on_bit_for_bit(pool: WorkerPool, tmp_path: Path, load
         torch.testing.assert_close(resumed.state[name], value, rtol=0, atol=0)
 
 
+class ValidatedWithDropout(WithDropout, models.ValidatedMLP):
+    pass
+
+
+def shuffled_validation() -> DataLoader:
+    return DataLoader(models.vectors().dataset, batch_size=16, shuffle=True)
+
+
+def fit_and_validate(folder: str, virtual: bool, **kwargs: Any) -> Any:
+    callback = ModelCheckpoint(folder, every_n_train_steps=34, save_top_k=-1, filename="{step}")
+    args = {"enable_checkpointing": True, "max_epochs": 3, "make_val_loader": shuffled_validation, **kwargs}
+    strategy = {"num_stages": 2, "virtual": virtual}
+    model = models.ValidatedMLP if virtual else ValidatedWithDropout
+    return fit(model, shuffled, strategy, 1 if virtual else 2, callbacks=[callback], **args)
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_resuming_behind_a_validation_is_going_on(pool: WorkerPool, tmp_path: Path, virtual: bool) -> None:
+    devices = 1 if virtual else 2
+    whole = pool.run(fit_and_validate, devices, str(tmp_path / "whole"), virtual)[0]
+    path = str(tmp_path / "whole" / "step=34.ckpt")
+    resumed = pool.run(fit_and_validate, devices, str(tmp_path / "on"), virtual, ckpt_path=path, seed=99)[0]
+    for name, value in whole.state.items():
+        torch.testing.assert_close(resumed.state[name], value, rtol=0, atol=0)
+
+
+def fit_and_accumulate(folder: str, virtual: bool, **kwargs: Any) -> Any:
+    callback = ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    args = {"enable_checkpointing": True, "max_epochs": 2, "accumulate_grad_batches": 3, **kwargs}
+    strategy = {"num_stages": 3, "virtual": virtual}
+    return fit(models.MLP, Resumable, strategy, 1 if virtual else 3, callbacks=[callback], **args)
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_resuming_with_accumulation_in_the_middle_of_an_epoch(pool: WorkerPool, tmp_path: Path, virtual: bool) -> None:
+    devices = 1 if virtual else 3
+    whole = pool.run(fit_and_accumulate, devices, str(tmp_path / "whole"), virtual)[0]
+    path = str(tmp_path / "whole" / "step=5.ckpt")
+    resumed = pool.run(fit_and_accumulate, devices, str(tmp_path / "on"), virtual, ckpt_path=path)[0]
+    for name, value in whole.state.items():
+        torch.testing.assert_close(resumed.state[name], value, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("step", [34, 68])
 def test_resuming_virtual_stages_is_going_on(pool: WorkerPool, tmp_path: Path, step: int) -> None:
     whole = pool.run(fit_and_keep, 1, str(tmp_path / "whole"), shuffled, True)[0]
@@ -164,14 +207,22 @@ def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("what", "text"), [("other", "Error.s. in loading state_dict"), ("truncated", "bad.ckpt` cannot be read")]
+    ("what", "text"),
+    [
+        ("other", "Error.s. in loading state_dict"),
+        *((what, "bad.ckpt` cannot be read") for what in ("truncated", "half", "all but a byte", "text")),
+    ],
 )
 def test_a_checkpoint_that_does_not_fit(pool: WorkerPool, tmp_path: Path, what: str, text: str) -> None:
     path = tmp_path / "bad.ckpt"
     pool.run(fit_and_save, 1, str(tmp_path / "good"), None, 1, limit_train_batches=10)
     good = next((tmp_path / "good").iterdir())
-    if what == "truncated":
-        path.write_bytes(good.read_bytes()[:2000])
+    whole = good.read_bytes()
+    lengths = {"truncated": 2000, "half": len(whole) // 2, "all but a byte": len(whole) - 1}
+    if what in lengths:
+        path.write_bytes(whole[: lengths[what]])
+    elif what == "text":
+        path.write_text("the address of the file\n")
     else:
         checkpoint = torch.load(good, weights_only=True)
         checkpoint["state_dict"] = {f"other.{name}": value for name, value in checkpoint["state_dict"].items()}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from tests import models
 from tests.pool import Failure, WorkerPool
@@ -104,6 +104,65 @@ def test_clipping_by_another_name_in_hooks(pool: WorkerPool, hook: str) -> None:
     args: dict[str, Any] = {"module_args": {"hook": hook}}
     expected = pool.run(fit, 1, ClipsInHook, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
     assert_equal(pool.run(fit, 3, ClipsInHook, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+class ClipsInTwoSteps(models.MLP):
+    """By the pair of functions that torch has for it."""
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        clip_grads_with_norm_(self.parameters(), MAX_NORM, norm)
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_clipping_in_two_steps(pool: WorkerPool, virtual: bool) -> None:
+    strategy, devices = {"num_stages": 3, "virtual": virtual}, 1 if virtual else 3
+    args: dict[str, Any] = {"gradient_clip_val": MAX_NORM}
+    expected = pool.run(fit, devices, models.MLP, models.vectors, strategy, devices, **args)[0]
+    assert_equal(pool.run(fit, devices, ClipsInTwoSteps, models.vectors, strategy, devices)[0], expected, 0.0)
+
+
+class LogsNorms(models.MLP):
+    """Norms that are only looked at may be those of some parameters, and of any kind."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        whole = [p.grad for p in self.parameters() if p.grad is not None]
+        part = [p.grad for p in self.hidden.parameters() if p.grad is not None]
+        self.seen = [get_total_norm(whole), get_total_norm(part), get_total_norm(whole, norm_type=1.0)]
+
+
+def test_norms_may_be_looked_at(pool: WorkerPool) -> None:
+    pool.run(fit, 2, LogsNorms, models.vectors, {"num_stages": 2}, 2)
+
+
+class ClipsByValueIn(ClipsInHook):
+    def clip(self, hook: str) -> None:
+        if hook == self.hook:
+            clip_grad_value_(self.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_after_backward", "optimizer_step"])
+def test_clipping_by_value_in_hooks(pool: WorkerPool, hook: str) -> None:
+    """Also before a stage has any gradients."""
+    args: dict[str, Any] = {"module_args": {"hook": hook}}
+    expected = pool.run(fit, 1, ClipsByValueIn, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, ClipsByValueIn, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+class FrozenHalf(models.MLP):
+    def __init__(self, first: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for module in (self.inp, *self.hidden[:2]) if first else (*self.hidden[2:], self.out):
+            module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_clipping_by_value_where_a_half_is_frozen(pool: WorkerPool, first: bool) -> None:
+    args: dict[str, Any] = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
+    args |= {"module_args": {"first": first}}
+    split: dict[str, Any] = {"num_stages": 2, "split_at": ["hidden.2"]}
+    expected = pool.run(fit, 1, FrozenHalf, models.vectors, {**split, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 2, FrozenHalf, models.vectors, split, 2, **args)[0], expected, 1e-6)
 
 
 class Clips(Callback):

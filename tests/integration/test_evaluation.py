@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from lightning_dgmp import DelayedMPStrategy
 from tests import models
 from tests.pool import WorkerPool
-from tests.training import ListLogger
+from tests.training import ListLogger, assert_equal, fit
 
 
 class Evaluated(models.MLP):
@@ -225,3 +225,93 @@ def test_hooks_that_read_outputs_get_them_on_all_stages(pool: WorkerPool) -> Non
     assert expected["batches"][0][0] == [0, 1, 2, 3, 4]
     for result in pool.run(write, 2, False):
         assert_close(result, expected)
+
+
+class Counts(models.MLP):
+    """Numbers and lists that reach the same values in every epoch, and are set back by different hooks."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.correct = self.total = self.trained = 0
+        self.predictions: list[int] = []
+        self.targets: list[int] = []
+        self.classes: set[int] = set()
+        self.mine = ""
+
+    def on_fit_start(self) -> None:
+        self.mine = f"rank {self.global_rank}"  # is not the last stage's
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.trained += len(batch[1])
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        self.correct = self.total = 0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        guess = self(x).argmax(-1)
+        self.correct += int((guess == guess).sum())
+        self.total += len(y)
+        self.predictions += (0 * guess).tolist()
+        self.targets += y.tolist()
+        self.classes |= set(y.tolist())
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("accuracy", self.correct / self.total)
+        self.log("classes", float(len(self.classes)))
+        self.log("agree", sum(p == t for p, t in zip(self.predictions, self.targets, strict=True)) / len(self.targets))
+        self.predictions.clear()
+        self.targets = []
+        self.classes = set()
+
+    def on_train_epoch_end(self) -> None:
+        self.log("trained", float(self.trained))
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = 0.001 * self.trained
+        self.trained = 0
+
+
+def fit_and_count(strategy: dict[str, Any], devices: int) -> Any:
+    outcome = fit(Counts, models.vectors, strategy, devices, max_epochs=3, make_val_loader=models.vectors,
+                  val_check_interval=17)  # fmt: skip
+    return outcome, outcome.metrics
+
+
+def test_what_steps_count_is_known_whatever_hooks_set_back(pool: WorkerPool) -> None:
+    expected, metrics = pool.run(fit_and_count, 1, {"num_stages": 3, "virtual": True}, 1)[0]
+    results = pool.run(fit_and_count, 3, {"num_stages": 3}, 3)
+    assert_equal(results[0][0], expected, 1e-6)
+    for _, own in results:
+        assert own == pytest.approx(metrics)
+
+
+class MetricsInADict(models.ValidatedMLP):
+    """What is not carried to other stages, but logged."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kept = {"mean": MeanMetric()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.kept["mean"].update(self.loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("mean", self.kept["mean"].compute())
+
+
+def validate(devices: int) -> Any:
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=DelayedMPStrategy(devices), logger=False, max_epochs=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = MetricsInADict()
+    trainer.fit(module, models.vectors(), models.vectors())
+    known = float(trainer.callback_metrics["mean"])
+    return known, trainer.validate(module, models.vectors(), verbose=False)[0]["mean"]
+
+
+def test_what_hooks_log_is_that_of_the_last_stage(pool: WorkerPool) -> None:
+    results = pool.run(validate, 2, 2)
+    assert results[0] == results[1]
+    assert results[0][0] == results[0][0], "not a number"

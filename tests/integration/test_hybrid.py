@@ -99,6 +99,7 @@ def test_replicas_are_a_fifo_of_averages(
         (models.ResidualNet, models.images, "momentum", {"accumulate_grad_batches": 3}),
         (models.ResidualNet, models.images, "adamw", {}),
         (models.MLP, models.vectors, "momentum", {"gradient_clip_val": MAX_NORM}),
+        (models.MLP, models.vectors, "adamw", {"gradient_clip_val": MAX_NORM, "accumulate_grad_batches": 8}),
     ],
 )
 def test_replicas_of_one_stage_are_plain_ddp_bit_for_bit(
@@ -245,10 +246,32 @@ def test_parameters_that_are_unfrozen_later(pool: WorkerPool) -> None:
     assert_equal(outcomes[0], expected, SGD)
 
 
-def fit_with_hook(hook: Any, wrapper: Any = None, state: Any = None, num_stages: int = 2) -> Outcome:
+class FreezesInBetween(models.MLP):
+    """On every stage, between two batches of an update: what has added up until then counts."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for layer in (self.inp, self.hidden[1], self.out):
+            layer.bias.requires_grad_(not 5 <= batch_idx < 12)
+
+
+@pytest.mark.parametrize("same_data", [True, False])
+def test_parameters_that_are_frozen_within_an_update(pool: WorkerPool, same_data: bool) -> None:
+    args: dict[str, Any] = {"accumulate_grad_batches": 2}
+    if same_data:
+        args |= {"use_distributed_sampler": False}
+    outcomes = fit_on(pool, 3, 2, FreezesInBetween, **args)
+    assert_agree(outcomes)
+    if same_data:
+        assert_equal(outcomes[0], fit_on(pool, 3, 1, FreezesInBetween, **args)[0], SGD)
+
+
+def fit_with_hook(
+    hook: Any, wrapper: Any = None, state: Any = None, num_stages: int = 2, module: Any = models.MLP, **kwargs: Any
+) -> Outcome:
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2) if state else None
     hooks = {"ddp_comm_hook": hook, "ddp_comm_wrapper": wrapper, "ddp_comm_state": state}
-    return fit(models.MLP, models.vectors, {"num_stages": num_stages, **hooks}, 2 * num_stages)
+    buckets = {"bucket_cap_mb": kwargs.pop("bucket_cap_mb", None)}
+    return fit(module, models.vectors, {"num_stages": num_stages, **hooks, **buckets}, 2 * num_stages, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +306,51 @@ def largest_in_buckets() -> list[float]:
     largest.clear()
     fit_with_hook(note_largest)
     return list(largest)
+
+
+def test_powersgd_knows_its_buckets(pool: WorkerPool) -> None:
+    for result in pool.try_run(fit_with_hook, 4, powerSGD_hook.powerSGD_hook, None, True, module=ThawsTheEnd):
+        assert "`powerSGD_hook` needs the same trained parameters all the time" in result.message
+
+
+events: list[str] = []
+
+
+def note_reduction(state: Any, bucket: Any) -> Any:
+    events.append("reduction")
+    return default_hooks.allreduce_hook(None, bucket)
+
+
+note_reduction.__annotations__ = note_largest.__annotations__
+
+
+class NotesGradients(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(depth=6, width=64, **kwargs)
+
+    def on_fit_start(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.register_hook(lambda grad, name=name: events.append(name))
+
+
+def order_of_events(accumulate: int, **kwargs: Any) -> list[str]:
+    events.clear()
+    args = {"accumulate_grad_batches": accumulate, "limit_train_batches": 8, "max_epochs": 1}
+    fit_with_hook(note_reduction, module=NotesGradients, **args, **kwargs)
+    return list(events)
+
+
+def test_replicas_reduce_once_an_update(pool: WorkerPool) -> None:
+    """Of 8 batches by fours; on a first stage the last one comes in the flush, and has an update for itself."""
+    assert [seen.count("reduction") for seen in pool.run(order_of_events, 4, 4)] == [2, 3, 2, 3]
+    assert [seen.count("reduction") for seen in pool.run(order_of_events, 4, 1)] == [8] * 4
+
+
+def test_replicas_reduce_while_a_delayed_backward_goes_on(pool: WorkerPool) -> None:
+    seen = pool.run(order_of_events, 4, 1, bucket_cap_mb=0.02)[1]  # of a first stage
+    last = max(i for i, event in enumerate(seen) if event == "inp.weight")  # the end of a backward
+    begin = max(i for i, event in enumerate(seen[:last]) if event == "inp.weight")
+    assert "reduction" in seen[begin + 2 : last - 2], seen[begin : last + 2]
 
 
 def test_hooks_see_gradients_alone(pool: WorkerPool) -> None:

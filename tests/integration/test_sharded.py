@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from lightning_dgmp import DelayedMPStrategy
 from lightning_dgmp.checkpoint import WeightShards
-from lightning_dgmp.sharded import is_sharded, load_sharded
+from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place
 from lightning_dgmp.world import World
 from tests import models
 from tests.integration.test_checkpoints import fit_and_save
@@ -146,3 +146,27 @@ def test_a_missing_shard(pool: WorkerPool, tmp_path: Path) -> None:
     for result in pool.try_run(fit_sharded, 2, str(tmp_path / "on"), 2, ckpt_path=str(path)):
         assert isinstance(result, Failure)
         assert f"`{path}` has no `__1_0.distcp`" in result.message
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "meta.pt"])
+def test_a_damaged_file(pool: WorkerPool, tmp_path: Path, name: str) -> None:
+    pool.run(fit_sharded, 2, str(tmp_path), 2, limit_train_batches=10)
+    path = next(tmp_path.iterdir())
+    (path / name).write_bytes((path / name).read_bytes()[:-100])
+    for result in pool.try_run(fit_sharded, 2, str(tmp_path / "on"), 2, ckpt_path=str(path)):
+        assert isinstance(result, Failure)
+        assert f"The checkpoint `{path}` cannot be read" in result.message
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("folder_first", [True, False])
+def test_a_file_and_a_folder_take_each_others_place(tmp_path: Path, folder_first: bool, exchanges: bool) -> None:
+    folder, file, path = tmp_path / "folder", tmp_path / "file", tmp_path / "last.ckpt"
+    folder.mkdir()
+    (folder / "meta.pt").write_text("a folder")
+    file.write_text("a file")
+    os.rename(folder if folder_first else file, path)
+    with nullcontext() if exchanges else patch("lightning_dgmp.sharded._exchange", return_value=False):
+        put_in_place(file if folder_first else folder, path)
+    assert path.is_dir() != folder_first
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.ckpt"]

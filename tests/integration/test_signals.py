@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -176,23 +178,36 @@ def send(folder: Path, function: str, whom: str, signum: int) -> str:
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(folder), function]
     pipe = subprocess.PIPE
+    # A shell that runs the tests in the background lets them ignore interrupts, and their children would too.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        command,
+        env=environment(),
+        cwd=ROOT,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed,
     )
-    deadline = time.monotonic() + 100
-    while not ((folder / "0").exists() and (folder / "1").exists()):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.2)
-    time.sleep(0.5)  # the files are written
-    if whom == "all":  # as the terminal does
-        os.killpg(process.pid, signum)
-    else:
-        os.kill(int((folder / whom).read_text()), signum)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 100
+        while not ((folder / "0").exists() and (folder / "1").exists()):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        time.sleep(0.5)  # the files are written
+        if whom == "all":  # as the terminal does
+            os.killpg(process.pid, signum)
+        else:
+            os.kill(int((folder / whom).read_text()), signum)
+        _, errors = process.communicate(timeout=60)
+        left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
+        assert not left, "a process was left behind"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0 or signum == signal.SIGTERM  # whose exception is a SystemExit
-    left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
-    assert not left, "a process was left behind"
     return errors
 
 

@@ -1,0 +1,225 @@
+"""``python -m lightning_dgmp``: what it prints, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_dgmp.__main__ import main
+from tests.integration.test_launchers import ROOT, environment
+
+MODELS = str(ROOT / "tests" / "models.py")
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def log(folder: Path, seconds: float, losses: list[float], monitored: bool) -> Path:
+    """A folder of events as of a run whose steps take so many seconds."""
+    writer = SummaryWriter(str(folder))
+    for step, loss in enumerate(losses):
+        when = 1000 + seconds * 10 * step
+        writer.add_scalar("val_loss", loss, 10 * step, walltime=when)
+        if monitored:
+            for k in range(2):
+                for kind, share in (("forward", 0.3), ("backward", 0.6), ("wait_error", 0.1)):
+                    writer.add_scalar(f"stage_{k}/{kind}", share, 10 * step, walltime=when)
+            writer.add_scalar("pipeline/efficiency", 0.9, 10 * step, walltime=when)
+            writer.add_scalar("pipeline/speedup", 1.8, 10 * step, walltime=when)
+    writer.close()
+    return folder
+
+
+# ----- plan
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", f"{MODELS}:LanguageModel", "--data", "tests.models:ragged_tokens", "--stages", "2", "4", "40"]
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    assert out.count("first module") == 2
+    assert "gpt.blocks.2.qkv" in out
+    assert "Predicted: 1.9" in out
+    assert "`num_stages=40` needs 39 cuts" in out
+    code, out, _ = run(capsys, *argv, "--json")
+    two, four, forty = json.loads(out)
+    assert [one["num_stages"] for one in (two, four, forty)] == [2, 4, 40]
+    assert two["split_at"] == ["gpt.blocks.2.qkv"]
+    assert 3 < four["speedup"] < 4
+    assert "refused" in forty
+    memory = two["stages"][0]["memory"]
+    assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
+    assert memory["parameters"] == memory["snapshots"] == memory["optimizer"] / 2 > 20_000
+
+
+def test_plan_of_a_data_module_with_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = tmp_path / "project.py"
+    script.write_text(
+        "from lightning.pytorch import LightningDataModule\nfrom tests import models\n"
+        "class Data(LightningDataModule):\n"
+        "    def __init__(self, size): super().__init__(); self.size = size\n"
+        "    def train_dataloader(self): return models.vectors(self.size)\n"
+    )
+    argv = ["plan", "tests.models:MLP", "--args", '{"depth": 6}', "--data", f"{script}:Data"]
+    code, out, _ = run(capsys, *argv, "--data-args", '{"size": 32}', "--stages", "3", "--json")
+    assert code == 0
+    assert len(json.loads(out)[0]["stages"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("tests.models", "must be given as `package.module:Name` or `script.py:Name`, but is 'tests.models'"),
+        ("nowhere.at_all:Model", "`nowhere.at_all` cannot be imported: ModuleNotFoundError"),
+        ("missing.py:Model", "`missing.py` cannot be imported: FileNotFoundError"),
+        ("tests.models:Nothing", "`tests.models` has no `Nothing`. It has "),
+        ("tests.models:vectors", "must be a `LightningModule`, but 'tests.models:vectors' is a `DataLoader`"),
+        ("tests.models:Manual", "has no `Manual`"),
+    ],
+)
+def test_modules_that_cannot_be_planned(capsys: pytest.CaptureFixture[str], module: str, text: str) -> None:
+    code, out, err = run(capsys, "plan", module, "--data", "tests.models:vectors")
+    assert (code, out) == (1, "")
+    assert text in err
+
+
+def test_what_training_refuses_a_plan_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = tmp_path / "manual.py"
+    script.write_text(
+        "from tests import models\nclass Manual(models.MLP):\n"
+        "    def __init__(self): super().__init__(); self.automatic_optimization = False\n"
+    )
+    code, _, err = run(capsys, "plan", f"{script}:Manual", "--data", "tests.models:vectors")
+    assert code == 1
+    assert "needs automatic optimization" in err
+
+
+# ----- simulate
+
+
+def test_simulate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["simulate", "--forward", "10", "10", "14", "10", "--backward", "20", "20", "28", "20"]
+    code, out, _ = run(capsys, *argv, "--png", str(tmp_path / "timeline.png"))
+    assert code == 0
+    assert "delayed                                42.00  100 %  3.14" in out
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+    code, out, _ = run(capsys, *argv, "--json", "--latency", "50", "--slack", "3")
+    rows = json.loads(out)
+    assert rows[0]["schedule"] == "delayed, slack=3"
+    assert [rows[0][key] for key in ("period", "efficiency", "speedup")] == pytest.approx([0.042, 1, 132 / 42])
+    assert [row["schedule"] for row in rows[1:]] == [f"{n}, 8 microbatches" for n in ("GPipe", "1F1B", "zero-bubble")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--forward", "-1", "--backward", "2"], "`forward` of a stage must be at least 0"),
+        (["--forward", "1", "2", "--backward", "1", "2", "3"], "2 for `forward`, but there are 3 for `backward`"),
+        (["--forward", "1", "--backward", "2", "--slack", "-1"], "`slack` must be at least 0, but is -1"),
+        (["--forward", "1", "--backward", "2", "--bandwidth", "0"], "`bandwidth` must be more than 0"),
+    ],
+)
+def test_impossible_simulations(capsys: pytest.CaptureFixture[str], argv: list[str], text: str) -> None:
+    code, _, err = run(capsys, "simulate", *argv)
+    assert code == 1
+    assert text in err
+
+
+# ----- report
+
+
+def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The second run makes a step in twice the time, and needs two thirds of the steps to the loss of the first."""
+    ours = log(tmp_path / "ours" / "version_0", 0.1, [4, 3.5, 3, 2.5], monitored=True)
+    theirs = log(tmp_path / "theirs", 0.2, [4, 3, 2, 1], monitored=False)
+    code, out, _ = run(capsys, "report", str(tmp_path / "ours"))
+    assert code == 0
+    assert "100.0 ms a step" in out
+    assert "computes in 90 % of the time; 1.80 times as fast as one device" in out
+    picture = tmp_path / "both.png"
+    code, out, _ = run(capsys, "report", str(ours), str(theirs), "--json", "--png", str(picture))
+    told = json.loads(out)
+    assert told["runs"][0]["num_stages"] == 2
+    assert told["runs"][0]["seconds_per_step"] == pytest.approx(0.1)
+    assert told["runs"][0]["shares"][1]["backward"] == pytest.approx(0.6)
+    comparison: dict[str, Any] = told["comparison"]
+    assert comparison["tag"] == "val_loss"
+    assert comparison["target"] == 2.5
+    assert comparison["steps"] == [30, 20]
+    assert comparison["faster"] == pytest.approx(2.0)
+    assert comparison["fewer"] == pytest.approx(21 / 31)
+    assert comparison["speedup"] == pytest.approx(2 * 21 / 31)
+    assert picture.stat().st_size > 10_000
+    code, out, _ = run(capsys, "report", str(ours), str(theirs))
+    assert "2.00 times as fast a step x 0.68 times as few steps = 1.35 times sooner" in out
+
+
+def test_reports_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    run_folder = log(tmp_path / "run", 0.1, [4, 3], monitored=False)
+    short = log(tmp_path / "short", 0.1, [4], monitored=False)
+    for argv, text in (
+        (["nowhere"], "A log folder must exist, but nowhere does not."),
+        ([str(tmp_path / "empty")], "has none, also in subfolders"),
+        ([str(short)], "must have logged a scalar twice"),
+        ([str(run_folder), str(run_folder), "--loss", "accuracy"], "'accuracy' is not in ['val_loss']"),
+    ):
+        code, _, err = run(capsys, "report", *argv)
+        assert code == 1
+        assert text in err
+
+
+# ----- run
+
+
+SCRIPT = """
+import argparse
+from lightning.pytorch import Trainer, seed_everything
+from tests import models
+parser = argparse.ArgumentParser()
+parser.add_argument("--epochs", type=int)
+args = parser.parse_args()
+seed_everything(1)
+trainer = Trainer(accelerator="cpu", devices=2, strategy="delayed_mp", max_epochs=args.epochs, logger=False,
+                  enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(models.MLP(), models.vectors())
+print(f"rank {trainer.global_rank} of {trainer.world_size} made {trainer.global_step} steps")
+"""
+
+
+def test_run_needs_no_import(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "lightning_dgmp", "run", str(script), "--epochs", "1"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(line for line in done.stdout.splitlines() if "rank" in line) == [
+        f"rank {rank} of 2 made 34 steps" for rank in range(2)
+    ]
+
+
+def test_run_leaves_errors_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("raise ValueError('of the script')")
+    with pytest.raises(ValueError, match="of the script"):
+        main(["run", str(script)])
+    code, _, err = run(capsys, "run", str(tmp_path / "none.py"))
+    assert code == 1
+    assert "is no file" in err
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate", "report", "run"])
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"python -m lightning_dgmp {command} " in capsys.readouterr().out
