@@ -48,6 +48,7 @@ class Feed:
         loading: What surrounds the work of a loader on stage 0: its random numbers are not those of the training.
         share: ``share(item, what)`` gives all stages the ``item`` of stage 0.
         together: What the replicas must do alike, if there are several.
+        num_in_flight: How many batches a stage may have forwarded and not yet run backward.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Feed:
         loading: Callable[[], AbstractContextManager[Any]],
         share: Callable[[Any, str], Any],
         together: Together | None = None,
+        num_in_flight: int = 0,
     ) -> None:
         self.loads, self._loading, self.share, self._together = stage == 0, loading, share, together
         self._transport = transport
@@ -65,7 +67,7 @@ class Feed:
         self._is_end_due: Callable[[], bool] = lambda: False
         self.ends = False
         self._lender = Lender(range(1, num_stages))
-        self._stand_ins, self._num_stages = StandIns(self._ask), num_stages
+        self._stand_ins, self._num_in_flight = StandIns(self._ask), num_in_flight
         self.is_closed = False
         transport.serve(self._answer)
 
@@ -113,7 +115,7 @@ class Feed:
             self.ends = bool(message.wishes & Wish.TERMINATE)
             form = pickle.loads(message.extra)
             if any(tensor is None for tensor in message.tensors):
-                oldest = max(message.batch - self._num_stages - 2, 0)  # those in flight may run again
+                oldest = max(message.batch - self._num_in_flight - 3, 0)  # those in flight may run again
                 self._stand_ins.settle(oldest)
                 self._transport.send(REQUESTS, 0, Message(oldest, 0, []))
             yield join(form, self._stand_ins.fill(message.batch, form, message.tensors))

@@ -17,6 +17,7 @@ from lightning_dgmp.learned import Learned
 from lightning_dgmp.nests import copied_tensors
 from lightning_dgmp.pipeline import Interception
 from lightning_dgmp.saving import SavingStrategy
+from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
 
 __all__ = ["EvaluatingStrategy"]
@@ -66,7 +67,8 @@ class EvaluatingStrategy(SavingStrategy):
         if self._transport is not None:
             together = None if self._vote is None else self._together(lambda: trainer.training)
             share = self.share_of_first_stage
-            self._feed = Feed(self._transport, self.stage, self.num_stages, self._loading, share, together)
+            how = self._loading, share, together, delays_of(self.num_stages, self.slack)[0]
+            self._feed = Feed(self._transport, self.stage, self.num_stages, *how)
 
     def align_randomness(self, epoch: int) -> None:
         """Begin an epoch in the same random state on all stages, without asking them."""

@@ -45,9 +45,10 @@ def flush_batches(strategy: DelayedMPStrategy, stages: StageRunner | VirtualStag
             stages.drain(is_open, is_step)
         return strategy.precision_plugin.post_backward(torch.zeros((), device=strategy.root_device), module)
 
-    for i in range(strategy.num_stages - 1):
+    num_iterations = strategy.plan.delays[0]
+    for i in range(num_iterations):
         count += 1
-        is_step = count % trainer.accumulate_grad_batches == 0 or i == strategy.num_stages - 2
+        is_step = count % trainer.accumulate_grad_batches == 0 or i == num_iterations - 1
         if is_step and (is_open or stages.num_in_flight):
             # Not by the user's `optimizer_step`, which may count or set learning rates: stages have some or none.
             optimizer.step(closure)

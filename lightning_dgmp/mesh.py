@@ -69,6 +69,7 @@ class MeshStrategy(DDPStrategy):
             raise ValueError("`virtual=True` needs `num_stages`: there are no devices to count.")
         self._num_stages_flag, self._data_parallel_size_flag = num_stages, data_parallel_size
         self._virtual = virtual
+        self.slack = 0  # batches in flight between neighbours beyond those that must be
         self._device_mesh: DeviceMesh | None = None
         self._world: World | None = None
         self._transport: Transport | None = None
@@ -173,7 +174,9 @@ class MeshStrategy(DDPStrategy):
             if self._channels is None:
                 self._channels = group_of_channels(replicas)
             where = replicas, self.replica, self._channels, self.root_device
-            self._transport = Transport(self.stage, *where, timeout, over_nccl)
+            self._transport = Transport(
+                self.stage, *where, timeout, over_nccl, delays_of(self.num_stages, self.slack)[0]
+            )
         if self._replicas is None and self.num_stages > 1 and self.world_size > 1:
             if self._single is None:
                 self._single = dist.new_group([self.global_rank], backend="gloo", use_local_synchronization=True)

@@ -30,6 +30,7 @@ class Options:
     tied: Tied = "aligned"
     message_dtype: torch.dtype | None = None
     remedies: Remedies = field(default_factory=Remedies)
+    slack: int = 0
 
     def __post_init__(self) -> None:
         if self.backward not in ("stash", "recompute", "replay"):
@@ -47,6 +48,8 @@ class Options:
             )
         if self.virtual and self.message_dtype is not None:
             raise ValueError("`virtual=True` sends no messages, so `message_dtype` must be None.")
+        if isinstance(self.slack, bool) or not isinstance(self.slack, int) or self.slack < 0:
+            raise ValueError(f"`slack` must be an integer of at least 0, but is {self.slack!r}.")
         if self.remedies.predict_weights and (self.backward == "replay" or self.tied == "ouroboros"):
             other = "backward='replay'" if self.backward == "replay" else "tied='ouroboros'"
             raise ValueError(

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_calls
 from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.plan.plan import Plan
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.averaging import Averaging
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.shared import SharedParameters
@@ -94,7 +93,7 @@ class Pipeline:
         slots = ParameterSlots(module)
         self._optimizers = [OptimizerShards(optimizer, slots, plan, stage, ranks, world) for optimizer in optimizers]
         transport.open(plan.edges())
-        delay = delays_of(plan.num_stages)[stage]
+        delay = plan.delays[stage]
         how = backward, seed, device, first_batch, message_dtype
         self.runner = runner = StageRunner(module, slots, plan, stage, delay, transport, *how)
         runner.optimizers = optimizers

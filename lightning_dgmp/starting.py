@@ -34,7 +34,6 @@ from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
 from lightning_dgmp.remedies import Moment, Updates
 from lightning_dgmp.reports import Reporter
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.stage.sides import Sides
@@ -155,7 +154,7 @@ class StartingStrategy(EvaluatingStrategy):
         slots = ParameterSlots(module)
         queues = GradientQueues(slots.parameters, plan, copies, self.optimizers)
         virtual_scaler = self._exchange_scaler(lambda scaler: VirtualGradScaler(scaler, queues.stages))
-        notes = VirtualNotes(squares) if clips_by_norm(module) else None
+        notes = VirtualNotes(squares, plan.delays) if clips_by_norm(module) else None
         sides = Sides(module, slots, plan) if self._options.tied == "ouroboros" and plan.shared else None
         if sides is not None and (virtual_scaler is not None or self.data_parallel_size > 1):
             raise MisconfigurationException(
@@ -199,8 +198,7 @@ class StartingStrategy(EvaluatingStrategy):
         """Let the remedies work that concern updates."""
         if not self._options.remedies.concern_updates:
             return None
-        delays = delays_of(self.num_stages)
-        by_parameter = {p: delays[self.plan.stage_of(name)[0]] for name, p in slots.parameters.items()}
+        by_parameter = {p: self.plan.delays[self.plan.stage_of(name)[0]] for name, p in slots.parameters.items()}
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
         self._updates = Updates(self._options.remedies, optimizers, by_parameter, self._now)
         return self._updates
@@ -225,7 +223,7 @@ class StartingStrategy(EvaluatingStrategy):
     def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
         module = self.lightning_module
         assert module is not None
-        return make_plan(self._trace(batch, batch_idx), module, self.num_stages, self._options.split_at)
+        return make_plan(self._trace(batch, batch_idx), module, self.num_stages, self._options.split_at, self.slack)
 
     def _trace(self, batch: Any, batch_idx: int) -> Trace:
         module = self.lightning_module

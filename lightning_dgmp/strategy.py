@@ -71,6 +71,8 @@ class DelayedMPStrategy(StartingStrategy):
             first by ``1 / d`` (PipeMare).
         correct_updates: Twice the update less the one before it, where gradients are old (one-step correction).
         synchronous_steps: So many steps without delays come first: stages wait for each other.
+        slack: So many batches more than necessary are in flight between neighbours, to hide a link that is slow beside
+            a batch; each makes gradients older by as many batches for every stage that follows.
         message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by
             default as they are, which under autocast is its dtype.
         save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
@@ -95,15 +97,16 @@ class DelayedMPStrategy(StartingStrategy):
         lr_discount_steps: int = 0,
         correct_updates: bool = False,
         synchronous_steps: int = 0,
+        slack: int = 0,
         message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
         remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
-        options = Options(virtual, split_at, backward, tied, message_dtype, remedies)
+        options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack)
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
-        self._options = options
+        self._options, self.slack = options, slack
         self._undo_callbacks: Callable[[], None] = _nothing
 
     # ----- setup

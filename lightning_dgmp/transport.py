@@ -96,6 +96,7 @@ class Transport:
         device: Where received tensors should be.
         timeout: How long to wait for a message before giving up.
         over_nccl: Whether activations and errors go straight from device to device.
+        num_in_flight: How many more messages than there are stages may be under way on a channel.
 
     Attributes:
         clock: Measures how long the training thread waits for messages.
@@ -111,7 +112,9 @@ class Transport:
         device: torch.device,
         timeout: timedelta,
         over_nccl: bool = False,
+        num_in_flight: int = 0,
     ) -> None:
+        self._bound = len(replicas[replica]) + 1 + num_in_flight
         self.timeout, self._group, self._device, self._over_nccl = timeout, group, device, over_nccl
         self._replicas = replicas
         self._peers = [Peer(k, rank) for k, rank in enumerate(replicas[replica])]
@@ -179,7 +182,7 @@ class Transport:
         if over_nccl:  # a communicator for itself, or transfers would wait in line
             pairs = [sorted((ranks[source.stage], ranks[target.stage])) for ranks in self._replicas]
             pair = _group_of_own(pairs, timeout=self.timeout, backend="nccl")
-        bound, tag = len(self._peers) + 1, _DIRECTIONS.index(direction)
+        bound, tag = self._bound, _DIRECTIONS.index(direction)
         if self.me == source:
             self._out[direction, target.stage] = _Outbox(Wire(self._group, tag, pair, target.rank, device), bound)
         elif self.me == target:

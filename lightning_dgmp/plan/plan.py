@@ -15,6 +15,7 @@ from torch import nn
 from lightning_dgmp.plan.crossing import values_to_send
 from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts, cuts_before
 from lightning_dgmp.plan.record import Trace
+from lightning_dgmp.schedule import delays_of
 
 __all__ = ["Event", "Plan", "Transfer", "make_evaluation_plan", "make_plan"]
 
@@ -81,6 +82,7 @@ class Plan:
         calls: The same for single calls, by path and occurrence, of modules with shared parameters whose calls differ;
             their first call stands in ``modules``.
         stages: One summary a stage.
+        delays: How many iterations later than its forward a batch's backward runs on each stage.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Plan:
         toggled: Sequence[tuple[str, str]] = (),
         runs_on: Set[int] = frozenset(),
         calls: Mapping[tuple[str, int], int | None] = {},
+        slack: int = 0,
     ) -> None:
         self.num_stages = len(stages)
+        self.delays = delays_of(self.num_stages, slack)
         self.modules = modules
         self.calls = calls
         self.visible = visible
@@ -135,7 +139,7 @@ class Plan:
     def digest(self) -> str:
         """A fingerprint, to check that all ranks made the same plan."""
         owners = [sorted(d.items(), key=str) for d in (self._parameters, self.modules, self.calls)]
-        content = repr((owners, sorted(self.visible), self.transfers, self.last_events))
+        content = repr((self.delays, owners, sorted(self.visible), self.transfers, self.last_events))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def table(self) -> str:
@@ -155,7 +159,9 @@ class Plan:
         return f"{type(self).__name__}(num_stages={self.num_stages})\n{self.table()}"
 
 
-def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence[str] | None = None) -> Plan:
+def make_plan(
+    trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence[str] | None = None, slack: int = 0
+) -> Plan:
     """Divide what ``trace`` shows among ``num_stages`` stages.
 
     Args:
@@ -163,6 +169,7 @@ def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence
         root: The module that was traced.
         num_stages: How many stages to make.
         split_at: Paths of the modules with which the stages 1, 2, ... begin; by default the best ones are found.
+        slack: How many batches more than necessary are in flight between neighbours.
 
     Raises:
         PlanError: If the step cannot be divided so.
@@ -198,6 +205,7 @@ def make_plan(trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence
             for name in trace.parameters
         },
         [sum(cuts.costs[a:b]) for a, b in pairwise(bounds)],
+        slack,
     )
 
 
@@ -240,6 +248,7 @@ def _lay_out(
     value_stages: list[int],
     parameters: dict[str, tuple[int, ...]],
     costs: list[float],
+    slack: int = 0,
 ) -> Plan:
     num_stages = len(costs)
     modules, owners = _owners(trace, root, op_stages, parameters)
@@ -289,7 +298,7 @@ def _lay_out(
         for index, occurrence in visible.items()
         if owners[index] != modules[path := trace.calls[index].path]
     }
-    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on, calls)
+    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on, calls, slack)
 
 
 def _owners(

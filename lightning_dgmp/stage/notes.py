@@ -4,8 +4,8 @@ So each stage can clip by the norm of all, and knows by what its gradients are s
 
 Nobody waits for them. With the activations of a batch a stage learns the newest about earlier stages, with its errors
 what later stages made of the same batch. So at its iteration ``t`` stage ``k`` knows the gradient of stage ``j < k`` as
-it was after iteration ``t - 1``, and that of stage ``j > k`` as after iteration ``t - (j - k)``, in which ``j`` ran the
-backward of the same batch. What is not known yet counts as zero.
+it was after iteration ``t - 1``, and that of stage ``j > k`` as after iteration ``t - (d_k - d_j)``, in which ``j`` ran
+the backward of the same batch. What is not known yet counts as zero.
 """
 
 from __future__ import annotations
@@ -86,11 +86,13 @@ class VirtualNotes:
 
     Args:
         squares: What all know at first.
+        delays: Of the stages.
     """
 
-    def __init__(self, squares: Tensor) -> None:
+    def __init__(self, squares: Tensor, delays: Sequence[int]) -> None:
         self.squares = self._earlier = squares
-        self._told = deque([squares] * len(squares), len(squares))  # with errors, by iteration, the newest last
+        self._delays = delays
+        self._told = deque([squares] * (delays[0] + 1), delays[0] + 1)  # with errors, by iteration, the newest last
         self._is_synchronous = False
         self._clipped: dict[int, Tensor] = {}  # by what gradients of a stage were multiplied since they were noted
 
@@ -113,7 +115,7 @@ class VirtualNotes:
 
     def total_norm(self, stage: int) -> Tensor:
         """The norm of the gradients of all stages, as far as ``stage`` knows."""
-        ages = [0 if self._is_synchronous else j - stage for j in range(stage + 1, len(self._earlier))]
+        ages = [0 if self._is_synchronous else self._delays[stage] - delay for delay in self._delays[stage + 1 :]]
         later = [self._told[-1 - age][j : j + 1] for j, age in enumerate(ages, stage + 1)]
         squares = torch.cat((self._earlier[:stage], self.squares[stage : stage + 1], *later))
         return squares.sum().sqrt() * self._clipped.get(stage, 1.0)

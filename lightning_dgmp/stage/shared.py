@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dgmp.plan.plan import Plan
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.transport import SHARED, Transport
 from lightning_dgmp.wire import Message
 
@@ -62,7 +61,7 @@ class SharedParameters:
                     self._holders.setdefault(holder, []).append(name)
             else:
                 self._homes.setdefault(stages[0], []).append(name)
-        delays = delays_of(plan.num_stages)
+        delays = plan.delays
         self._delays = {home: delays[home] for home in [*self._homes, *([stage] if self._holders else [])]}
         self._in_flight = dict.fromkeys(self._delays, 0)  # on each home
         self._open = dict.fromkeys(self._delays, False)  # whether it has run a backward since the last step

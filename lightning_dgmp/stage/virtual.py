@@ -21,7 +21,6 @@ from lightning_dgmp.clipping import Part, updated_by
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.precision import VirtualGradScaler
 from lightning_dgmp.remedies import Updates
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.notes import VirtualNotes
 from lightning_dgmp.stage.sides import Sides
 
@@ -165,7 +164,7 @@ class GradientQueues:
         copies: bool = False,
         optimizers: Sequence[Optimizer] = (),
     ) -> None:
-        self._delays, self._copies, self._optimizers = delays_of(plan.num_stages), copies, optimizers
+        self._delays, self._copies, self._optimizers = plan.delays, copies, optimizers
         self.stages: list[list[nn.Parameter]] = [[] for _ in self._delays]
         for name, parameter in parameters.items():
             self.stages[plan.stage_of(name)[0]].append(parameter)
