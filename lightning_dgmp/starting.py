@@ -38,7 +38,7 @@ from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.stage.sides import Sides
 from lightning_dgmp.stage.virtual import GradientQueues, VirtualStages
-from lightning_dgmp.timing import Clock
+from lightning_dgmp.timing import Clock, Kind
 from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import World
 
@@ -97,10 +97,13 @@ class StartingStrategy(EvaluatingStrategy):
         return None if self._pipeline is None else self._pipeline.runner
 
     @property
-    def clock(self) -> Clock:
-        """Measures where the time of this process goes."""
-        assert self._transport is not None
-        return self._transport.clock
+    def clock(self) -> Clock | None:
+        """Measures where the time of this process goes, if it is one of several stages."""
+        return None if self._transport is None else self._transport.clock
+
+    def measuring(self, kind: Kind, batch: int) -> AbstractContextManager[None]:
+        """A context whose time counts for ``kind``."""
+        return nullcontext() if self.clock is None else self.clock.measuring(kind, batch)
 
     def watching_forward(self) -> AbstractContextManager[None]:
         """Around a forward."""

@@ -201,7 +201,7 @@ class DelayedMPStrategy(StartingStrategy):
         moment = module.global_step, module.current_epoch, module.trainer.fit_loop.batch_idx
         if runner.averaging is not None and is_first:  # as DDP does
             runner.averaging.share_buffers()
-        with self.clock.measuring("forward", number), self.watching_forward():
+        with self.measuring("forward", number), self.watching_forward():
             result = runner.forward(step)
         if not runner.is_last:
             return runner.absent_loss
@@ -232,7 +232,7 @@ class DelayedMPStrategy(StartingStrategy):
             with (
                 self.step_among_replicas(),
                 self.averaging(),
-                self.clock.measuring("backward", runner.in_flight[0].batch),
+                self.measuring("backward", runner.in_flight[0].batch),
             ):
                 runner.backward(of_loss, is_step)
         return self.precision_plugin.post_backward(loss, module)
@@ -253,7 +253,7 @@ class DelayedMPStrategy(StartingStrategy):
         result = closure()
         exchange = partial(self._exchange_shared, optimizer)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            with self.clock.measuring("update", runner.num_forwards - 1), after_clipping(module, exchange):
+            with self.measuring("update", runner.num_forwards - 1), after_clipping(module, exchange):
                 return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
         # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
         # not cope with that, and a scheduler wants to see it.

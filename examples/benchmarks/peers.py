@@ -87,12 +87,14 @@ class Spent(NamedTuple):
         cpu: Seconds of processor time, all threads of the process together; the median over the batches.
         thread: Seconds of processor time of the training thread; the median over the batches.
         cuts: The first module of each stage, if a plan was made.
+        busy: Seconds of forward, backward and update a batch, if this is a stage.
     """
 
     wall: float
     cpu: float
     thread: float
     cuts: tuple[str, ...] = ()
+    busy: tuple[float, float, float] | None = None
 
 
 # ----- ways to train
@@ -186,7 +188,7 @@ def _fit(
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    stopwatch = _Stopwatch(pause)
+    stopwatch = _Stopwatch(pause, warmup)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -207,22 +209,32 @@ def _fit(
 class _Stopwatch(Callback):
     """Takes the time at the end of every batch, and pauses there if asked."""
 
-    def __init__(self, pause: float = 0) -> None:
-        self.pause = pause
+    def __init__(self, pause: float = 0, warmup: int = 0) -> None:
+        self.pause, self.warmup = pause, warmup
+        self.busy: dict[str, float] | None = None  # since the warm-up
         self.times: list[tuple[float, float, float]] = []
 
     def tick(self) -> None:
         self.times.append((time.perf_counter(), time.process_time(), time.thread_time()))
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self.tick()
+        clock = getattr(trainer.strategy, "clock", None)
+        if clock is not None and len(self.times) >= self.warmup:
+            seconds, _ = clock.take()
+            so_far = self.busy or dict.fromkeys(seconds, 0.0)
+            is_warm = len(self.times) > self.warmup
+            self.busy = {kind: so_far[kind] + is_warm * value for kind, value in seconds.items()}
         time.sleep(self.pause)
 
     def spent(self, warmup: int, batches: int) -> Spent:
         times = self.times[warmup - 1 : warmup + batches]
         steps = [[end - start for start, end in zip(*pair)] for pair in pairwise(times)]
         _, cpu, thread = (median(column) for column in zip(*steps))
-        return Spent((times[-1][0] - times[0][0]) / batches, cpu, thread)
+        busy = None
+        if self.busy is not None:
+            busy = tuple(self.busy[kind] / batches for kind in ("forward", "backward", "update"))
+        return Spent((times[-1][0] - times[0][0]) / batches, cpu, thread, busy=busy)
 
 
 def _rank() -> int:

@@ -47,6 +47,8 @@ import peers
 import torch
 from peers import ModelSpec, Spent
 
+from lightning_dgmp.simulator import StageCost, delayed, predict
+
 TRANSFORMER = ModelSpec(num_blocks=12, width=128, context=128, batch_size=16)
 SLEEPERS = {  # a batch takes one process some hundred milliseconds of sleep
     num_blocks: ModelSpec(num_blocks, width=64, context=1, batch_size=16, sleep=seconds)
@@ -82,6 +84,7 @@ class Row:
         scale: How many times ``--batches`` are measured.
         seconds: A batch, one entry a round.
         cuts: The first module of each stage, for rows of this project.
+        predicted: What the simulator says of a batch, from what the stages were busy with, one entry a round.
     """
 
     section: str
@@ -94,6 +97,7 @@ class Row:
     scale: int = 1
     seconds: list[float] = field(default_factory=list)
     cuts: tuple[str, ...] = ()
+    predicted: list[float] = field(default_factory=list)
 
     @property
     def compute(self) -> str:
@@ -166,6 +170,9 @@ def measure(pool: Pool, rows: Sequence[Row], rounds: int, batches: int) -> None:
             spent = pool.run(row.function, row.num_processes, row.spec, row.warmup, batches * row.scale, **row.options)
             row.seconds.append(max(one.wall for one in spent))
             row.cuts = spent[0].cuts
+            if row.function is peers.run_delayed and not row.options.get("num_replicas") and spent[0].busy:
+                costs = [StageCost(*one.busy) for one in spent[::-1] if one.busy]
+                row.predicted.append(predict(delayed(len(costs), 10 * len(costs)), costs).period)
         print(f"round {number + 1} of {rounds}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -237,6 +244,9 @@ def table(rows: Sequence[Row]) -> str:
         ratio = spread([b / own for b, own in zip(best, row.seconds)], 2)
         lines.append(f"{row.name}, {row.section} ({row.compute}): {ratio} times the best 1F1B in each round")
         lines.append(f"    stages begin with {', '.join(row.cuts)}")
+        if row.predicted:
+            ratio = spread([p / s for p, s in zip(row.predicted, row.seconds)], 3)
+            lines.append(f"    the simulator predicts {ratio} times what was measured, from the work of each stage")
     return "\n".join(lines)
 
 
@@ -417,6 +427,7 @@ def _as_json(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "ms_per_batch": [1000 * s for s in row.seconds],
         "ratio_to_one_process": _ratios(row, rows),
         "stages_begin_with": row.cuts,
+        "simulated_ms_per_batch": [1000 * p for p in row.predicted],
     }
 
 
