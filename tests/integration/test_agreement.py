@@ -28,6 +28,7 @@ class RandomFeatures(models.Base):
         self.register_buffer("complex", torch.randn(3, dtype=torch.complex64))
         self.register_buffer("mask", torch.rand(5) > 0.5)
         self.register_buffer("empty", torch.rand(0, 3))
+        self.register_buffer("repeated", torch.randn(8, 1).expand(8, 4))
         self.register_buffer("number", torch.rand(()))
         self.register_buffer("sparse", torch.diag((torch.rand(6) > 0.5).float()).to_sparse())
         self.layers, self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(4)), nn.Linear(width, width)
