@@ -215,7 +215,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     args = parse_arguments(argv)
-    seed_everything(args.seed, verbose=False)  # all processes must begin alike
+    seed_everything(args.seed, verbose=False)
     warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec)")  # says nothing about this example
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda line: "Tip:" not in line.getMessage())
     devices = 1 if args.virtual else args.stages

@@ -77,7 +77,7 @@ def make_data(args: Namespace, steps: int) -> TextData:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and test as the command line says."""
     args = parse_arguments(argv)
-    seed_everything(args.seed, verbose=False)  # all processes must begin alike
+    seed_everything(args.seed, verbose=False)
     warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec)")  # says nothing about this example
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda line: "Tip:" not in line.getMessage())
     devices = 1 if args.virtual else args.stages

@@ -95,7 +95,7 @@ class WeightShards:
         for (path, name), value in shared.items():
             buffers = self._root.get_submodule(path)._buffers
             mine = buffers.get(name)
-            if mine is not None and value is not None and mine.shape == value.shape and mine.dtype == value.dtype:
+            if mine is not None and value is not None and _can_take(mine, value):
                 mine.data.copy_(value)
             else:
                 buffers[name] = value
@@ -180,3 +180,8 @@ class OptimizerShards:
         groups = [{**group, "params": [next(indices) for _ in group["params"]]} for group in own["param_groups"]]
         numbered = {i: states[name] for i, name in enumerate(order) if name in states}
         return {**own, "state": numbered, "param_groups": groups}
+
+
+def _can_take(buffer: Tensor, value: Tensor) -> bool:
+    overlaps = buffer.layout == torch.strided and any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape))
+    return buffer.shape == value.shape and buffer.dtype == value.dtype and not overlaps

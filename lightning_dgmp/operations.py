@@ -5,6 +5,7 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from lightning_dgmp.nests import leaves, map_tensors, tensors_in
 __all__ = ["GhostMode", "Result", "is_in_place", "noting_reads"]
 
 _MAX_RESULTS = 10_000
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _FAKES = FakeTensorMode(allow_non_fake_inputs=True)  # one for all, since those of several do not mix
 
 
@@ -74,6 +76,10 @@ class GhostMode:
         return fresh
 
     # ----- operations
+
+    def place(self) -> str:
+        """In which call the step is, for messages."""
+        return ""
 
     def observe(
         self, func: Any, inputs: list[Ghost], outputs: list[Ghost], changed: Ghost | None, result: Result
@@ -130,8 +136,8 @@ class GhostMode:
                     return None if name == "__setitem__" else target
                 raise GhostError(
                     f"`{name}` writes {inputs[0].describe()} in place into a tensor that does not come from the model."
-                    " A stage that does not own the value cannot do that: build the result with `torch.cat`,"
-                    " `torch.stack` or `torch.where` instead."
+                    " A stage that does not own the value cannot do that: make that tensor from one of the model, as by"
+                    " `x.new_zeros(...)`, or build the result with `torch.cat`, `torch.stack` or `torch.where`."
                 )
 
         fakes: dict[int, Ghost] = {}
@@ -181,21 +187,40 @@ class GhostMode:
         return nest
 
     def _run(self, func: Any, args: Any, kwargs: Mapping[str, Any], inputs: list[Ghost]) -> Result:
-        cost = _Cost()
+        cost, name = _Cost(), getattr(func, "__name__", str(func))
+        is_quiet, _LOG.disabled = _LOG.disabled, True  # it would tell of errors that are raised besides
         try:
             with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.fake_mode, cost:
                 nest = func(*map_tensors(_fake, args), **map_tensors(_fake, dict(kwargs)))
         except (DataDependentOutputException, DynamicOutputShapeException):
-            raise GhostRead(inputs[0], getattr(func, "__name__", str(func))) from None
+            raise GhostRead(inputs[0], name) from None
         except RuntimeError as error:
             if "data is not allocated" in str(error):  # the operation reads a real argument, as of packed sequences
-                raise GhostRead(inputs[0], getattr(func, "__name__", str(func))) from None
-            raise
+                raise GhostRead(inputs[0], name) from None
+            if not _runs_on_values(func, args, kwargs):
+                raise
+            raise GhostError(
+                f"`{name}`{self.place()} cannot run on the shape alone of {inputs[0].describe()}: the rule of torch"
+                f" {torch.__version__} for that is missing or wrong ({str(error).strip()}). Use another operation,"
+                " dtype or version of torch."
+            ) from error
+        finally:
+            _LOG.disabled = is_quiet
         numbers = {_storage(ghost.fake): number for number, ghost in reversed(list(enumerate(inputs)))}
         storages = [
             numbers.setdefault(_storage(fake), len(inputs) + number) for number, fake in enumerate(tensors_in(nest))
         ]
         return Result(nest, storages, cost.flops, cost.nbytes)
+
+
+def _runs_on_values(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether real tensors would do, so that an error is none of the user's."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            func(*map_tensors(_zeros, args), **map_tensors(_zeros, dict(kwargs)))
+    except Exception:
+        return False
+    return True
 
 
 def _key(func: Any, args: Any, kwargs: Any) -> Any:
@@ -282,6 +307,11 @@ def _shell(tensor: Tensor) -> Tensor:
         return tensor
     fake = tensor.fake
     return torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """A real tensor with the looks of a ghost, or a copy."""
+    return _shell(tensor).zero_() if isinstance(tensor, Ghost) else tensor.detach().clone()
 
 
 def _set_attribute(ghost: Ghost, attribute: str, value: Any) -> None:

@@ -21,6 +21,7 @@ class Options:
     """See :class:`~lightning_dgmp.strategy.DelayedMPStrategy`.
 
     Raises:
+        TypeError: If one has another type.
         ValueError: If one is none of its values, or if two do not go together.
     """
 
@@ -33,6 +34,9 @@ class Options:
     slack: int = 0
 
     def __post_init__(self) -> None:
+        names = self.split_at or ()
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"`split_at` must be a list of names of modules, but is {self.split_at!r}.")
         if self.backward not in ("stash", "recompute", "replay"):
             raise ValueError(f"`backward` must be 'stash', 'recompute' or 'replay', but is {self.backward!r}.")
         if self.tied not in ("aligned", "ouroboros"):

@@ -14,6 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dgmp.agreement import agree_on_model
 from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.clipping import after_clipping
 from lightning_dgmp.flush import flush_batches
@@ -139,6 +140,9 @@ class DelayedMPStrategy(StartingStrategy):
     @override
     def configure_ddp(self) -> None:
         if self._is_pipeline:
+            assert self.lightning_module is not None
+            assert self._world is not None
+            agree_on_model(self.lightning_module, self._world)
             if self.data_parallel_size > 1 and self._ddp_comm_hook is not None:
                 self.wrap_in_ddp(nn.Linear(1, 1, device=self.root_device))  # to see whether the hook is accepted
         elif self.world_size > 1:

@@ -103,6 +103,24 @@ class OneLayer(models.Base):
         return F.cross_entropy(self.out(x), y)
 
 
+class TwoHomes(models.Base):
+    """Two matrices, each on two stages: what the first stage shares with the last is not all that the last shares."""
+
+    def __init__(self, width: int = 16, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.embedding, self.between = nn.Embedding(20, width), nn.ModuleList(Layer(width) for _ in range(3))
+        self.layer, self.head = Layer(width), nn.Linear(width, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def loss(self, batch: Tensor) -> Tensor:
+        x = self.between[1](self.between[0](self.embedding(batch[:, :-1])))
+        x = self.layer(self.between[2](self.layer(x)))
+        return F.cross_entropy(self.head(x).flatten(0, 1), batch[:, 1:].flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+
 class Sometimes(Tied):
     """The output side uses the matrix in some batches, and is a stranger to it in others."""
 

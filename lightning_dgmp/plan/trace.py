@@ -166,6 +166,10 @@ class _Tracer(GhostMode):
 
     # ----- operations
 
+    def place(self) -> str:
+        path = self.trace.calls[self._open[-1]].path if self._open else ""
+        return f" in `{path}`" if path else ""
+
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         for tensor in tensors_in((args, kwargs)):
             hidden = None if isinstance(tensor, Ghost) or not tensor.requires_grad else self._hidden_parameter(tensor)

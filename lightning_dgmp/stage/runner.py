@@ -308,7 +308,7 @@ class StageRunner:
             self.messages.notes.settle()
         self.messages.wait_for_neighbours(self.num_forwards)
         if self.messages.shared is not None:
-            self.messages.shared.check()
+            self.messages.shared.check(self.num_forwards)
 
     # ----- inside a step
 

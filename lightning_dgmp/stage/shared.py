@@ -130,12 +130,13 @@ class SharedParameters:
                     self._own[name].grad = grad
         self._open = dict.fromkeys(self._open, False)
 
-    def check(self) -> None:
-        """At the end of a flush: compare copies with their homes.
+    def check(self, batch: int) -> None:
+        """At the end of a flush, before ``batch``: compare copies with their homes.
 
         Raises:
             DriftError: If they differ.
         """
+        self._iteration = batch  # for all, because stages count no iterations after those that concern them
         for holder, names in self._holders.items():
             sums = torch.stack([_checksum(self._own[name]) for name in names])
             self._transport.send(SHARED, holder, Message(self._iteration, 0, [sums], flush=True))

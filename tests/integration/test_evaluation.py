@@ -156,6 +156,7 @@ def test_a_step_that_cannot_be_divided_runs_with_the_whole_model(pool: WorkerPoo
         assert value == pytest.approx(expected, rel=1e-5)
         assert len(warnings) == 1, "the validation; before training both stages may have all of the network"
         assert "`validation_step` runs with the whole model on every process" in warnings[0]
+        assert "so a value would have to travel back" in warnings[0]
         assert predictions == nothing == [None] * 3
 
 

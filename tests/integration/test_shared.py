@@ -168,6 +168,22 @@ def test_a_home_in_the_middle(pool: WorkerPool) -> None:
     assert_equal(ours, expected, tolerance("layers between"))
 
 
+@pytest.mark.parametrize("split_at", [["layer", "between.2"], ["between.0", "layer", "between.2"]])
+def test_homes_on_several_stages(pool: WorkerPool, split_at: list[str]) -> None:
+    """Stages then take part in different numbers of iterations of a flush, of which there are several here."""
+    num_stages = len(split_at) + 1
+    strategy = {"num_stages": num_stages, "split_at": split_at}
+    args: dict[str, Any] = {"module_args": {"optimizer": "momentum"}, "val_check_interval": 9, "max_epochs": 2}
+    data = models.ragged_tokens, models.ragged_tokens
+    ours = pool.run(fit, num_stages, sharing.TwoHomes, data[0], strategy, num_stages, make_val_loader=data[1], **args)
+    alone = strategy | {"virtual": True}
+    expected = pool.run(fit, 1, sharing.TwoHomes, data[0], alone, 1, make_val_loader=data[1], **args)[0]
+    last = num_stages - 1
+    assert expected.stages["embedding.weight"] == (0, last)
+    assert expected.stages["layer.gain"] == (last - 1, last)
+    assert_equal(ours[0], expected, SGD)
+
+
 # ----- the rule of the paper
 
 

@@ -6,9 +6,11 @@ import random
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.trace import trace_step
 from tests import models, traps
@@ -168,3 +170,52 @@ def test_costs_and_memory_do_not_depend_on_what_was_traced_before() -> None:
         assert out == rows == changed == flat
         assert seen.values[4].storage != out
         assert list(seen.changes) == [out]
+
+
+@torch.library.custom_op("dgmp_tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    raise RuntimeError("Expected inputs of another type.")
+
+
+class Function(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Applies(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.linear, self.inner = nn.Linear(4, 4), Function(function)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.linear(x))
+
+
+def test_an_operation_without_a_rule_for_shapes(caplog: pytest.LogCaptureFixture) -> None:
+    text = r"`.*twice.*` in `inner` cannot run on the shape alone of a \(2, 4\) .* made by linear"
+    with pytest.raises(GhostError, match=text) as error:
+        trace(Applies(twice), torch.randn(2, 4))
+    assert "Expected inputs of another type." in str(error.value)
+    assert not caplog.records
+
+
+def test_errors_of_the_user_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="same reduction dim") as error:
+        trace(Applies(lambda x: x @ torch.randn(3, 5)), torch.randn(2, 4))
+    assert not isinstance(error.value, GhostError)
+
+
+def test_writing_into_a_fresh_tensor() -> None:
+    index = torch.tensor([1, 0])
+    with pytest.raises(GhostError, match=r"`index_add_` writes .* made by linear in place.*`x.new_zeros"):
+        trace(Applies(lambda x: torch.zeros(x.shape).index_add_(0, index, x)), torch.randn(2, 4))
+    assert trace(Applies(lambda x: x.new_zeros(x.shape).index_add_(0, index, x)), torch.randn(2, 4)).stopped is None

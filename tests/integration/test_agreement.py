@@ -1,0 +1,89 @@
+"""All processes begin with the model of rank 0, whatever they have made without a seed, or say how theirs differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests import models, sharing
+from tests.pool import WorkerPool
+from tests.training import fit
+
+
+class RandomFeatures(models.Base):
+    """A buffer of the LightningModule is used at both ends; others have no usual layout or dtype."""
+
+    def __init__(self, width: int = 16, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("features", torch.randn(8, width) / 3)
+        self.register_buffer("transposed", torch.randn(4, 8).t())
+        self.register_buffer("complex", torch.randn(3, dtype=torch.complex64))
+        self.register_buffer("mask", torch.rand(5) > 0.5)
+        self.register_buffer("empty", torch.rand(0, 3))
+        self.register_buffer("repeated", torch.randn(8, 1).expand(8, 4))
+        self.register_buffer("number", torch.rand(()))
+        self.register_buffer("sparse", torch.diag((torch.rand(6) > 0.5).float()).to_sparse())
+        self.layers, self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(4)), nn.Linear(width, width)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, _ = batch
+        hidden = torch.cos(x @ self.features)
+        for layer in self.layers:
+            hidden = torch.tanh(layer(hidden))
+        return F.mse_loss(self.out(hidden) @ self.features.t(), x) + self.number
+
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "tied": (sharing.Tied, models.ragged_tokens),
+    "buffers": (RandomFeatures, models.vectors),
+}
+
+
+def make_on_rank(make: Callable[[], LightningModule], is_alike: bool) -> LightningModule:
+    torch.manual_seed(7 if is_alike else 7 + int(os.environ["LOCAL_RANK"]))
+    return make()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_no_seed_is_needed(pool: WorkerPool, name: str, replicas: int) -> None:
+    make, data = MODELS[name]
+    ours, expected = (
+        pool.run(fit, 2 * replicas, partial(make_on_rank, make, alike), data, {"num_stages": 2}, 2 * replicas)
+        for alike in (False, True)
+    )
+    for outcome in ours:
+        for key, value in expected[0].state.items():
+            torch.testing.assert_close(outcome.state[key], value, rtol=0, atol=0)
+            assert outcome.state[key].layout == value.layout
+
+
+class DeeperBehind(models.MLP):
+    def __init__(self) -> None:
+        super().__init__(depth=4 + int(os.environ["LOCAL_RANK"]) // 2)
+
+
+class WiderBehind(models.MLP):
+    def __init__(self) -> None:
+        super().__init__(width=16 + int(os.environ["LOCAL_RANK"]) // 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (DeeperBehind, r"`hidden.4.weight` is a (16, 16) torch.float32 tensor on rank 2 and missing on rank 0"),
+        (WiderBehind, r"`inp.weight` is a (17, 8) torch.float32 tensor on rank 2 and a (16, 8) torch.float32 tensor"),
+    ],
+)
+def test_models_that_differ(pool: WorkerPool, module: Any, text: str) -> None:
+    for failure in pool.try_run(fit, 3, module, models.vectors, {"num_stages": 3}, 3):
+        assert failure.message.startswith("All processes must make the same model, but " + text)
+        assert "independent of the rank" in failure.message
