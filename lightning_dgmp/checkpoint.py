@@ -51,7 +51,8 @@ class WeightShards:
     def disperse(self) -> None:
         """Keep the values of this stage alone; the other parameters become shadows."""
         for name in self._foreign:
-            cast_shadow(self._parameters[name], f"`{name}` of stage {self._owners[name]}")
+            if not isinstance(self._parameters[name], Shadow):
+                cast_shadow(self._parameters[name], f"`{name}` of stage {self._owners[name]}")
 
     def own_state_dict(self) -> dict[str, Any]:
         """The part of the module's ``state_dict()`` that this stage owns."""
@@ -77,6 +78,10 @@ class WeightShards:
             if isinstance(parameter, Shadow):
                 restore(parameter)
             self._broadcast(parameter.data, self._owners[name])
+        self.share_buffers()
+
+    def share_buffers(self) -> None:
+        """Give every process all buffers. All stages must call it."""
         for stage in range(len(self._ranks)):
             self._share_buffers(stage)
 
@@ -147,6 +152,12 @@ class OptimizerShards:
         for name, parameter in self._slots.parameters.items():
             if self._stage not in self._plan.stage_of(name):
                 self.optimizer.state.pop(parameter, None)
+
+    def unite(self) -> None:
+        """Put all parameters into the groups again."""
+        self._divide()
+        for param_group, names in zip(self.optimizer.param_groups, self._names):
+            param_group["params"] = [self._slots.parameters[name] for name in names]
 
     def _name(self, parameter: nn.Parameter) -> str:
         if parameter not in self._slots.names:

@@ -32,6 +32,7 @@ class Options:
     message_dtype: torch.dtype | None = None
     remedies: Remedies = field(default_factory=Remedies)
     slack: int = 0
+    balance: Literal["flops", "measured"] = "flops"
 
     def __post_init__(self) -> None:
         names = self.split_at or ()
@@ -54,6 +55,11 @@ class Options:
             raise ValueError("`virtual=True` sends no messages, so `message_dtype` must be None.")
         if isinstance(self.slack, bool) or not isinstance(self.slack, int) or self.slack < 0:
             raise ValueError(f"`slack` must be an integer of at least 0, but is {self.slack!r}.")
+        if self.balance not in ("flops", "measured"):
+            raise ValueError(f"`balance` must be 'flops' or 'measured', but is {self.balance!r}.")
+        if self.balance == "measured" and (self.virtual or self.split_at is not None):
+            other = "`virtual=True` has no stages to measure" if self.virtual else "`split_at` says where to cut"
+            raise ValueError(f"`balance='measured'` moves cuts by measured times, but {other}. Leave one of them out.")
         if self.remedies.predict_weights and (self.backward == "replay" or self.tied == "ouroboros"):
             other = "backward='replay'" if self.backward == "replay" else "tied='ouroboros'"
             raise ValueError(

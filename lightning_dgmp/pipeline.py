@@ -159,6 +159,13 @@ class Pipeline:
         """What this stage owns of the module's ``state_dict()``."""
         return self._weights.own_state_dict()
 
+    def give_way(self) -> None:
+        """Leave what a pipeline with another plan begins with, the parameters apart. All stages must call it."""
+        remove_ghosts(self.runner.root)
+        self._weights.share_buffers()
+        for shards in self._optimizers:
+            shards.unite()
+
     def close(self) -> None:
         """Give every process all values for good. Nothing may be in flight."""
         remove_ghosts(self.runner.root)

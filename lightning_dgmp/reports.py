@@ -79,6 +79,11 @@ class Reporter:
         self._batches_before = runner.num_forwards
         transport.collect(self._take)
 
+    def follow(self, runner: StageRunner) -> None:
+        """Report of another runner of the same stage from now on."""
+        self._runner, self._counts_next = runner, True
+        self.restart()
+
     def restart(self) -> None:
         """Let what was before not count, as an evaluation."""
         self._clock.take()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
+from lightning_dgmp.rebalancing import Measurement, better_plan, busy_in, move_parameters, wait_for_device
 from lightning_dgmp.remedies import Moment, Updates
 from lightning_dgmp.reports import Reporter
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
@@ -66,6 +68,9 @@ class StartingStrategy(EvaluatingStrategy):
         self._plan: Plan | None = None
         self._pipeline = None
         self.reporter: Reporter | None = None
+        self._traced: Trace | None = None
+        self._measured_from: int | None = None  # with which batch
+        self._call_seconds: dict[str, float] = {}
         self._virtual_stages: VirtualStages | None = None
         self._updates: Updates | None = None
         self._is_synchronous = False
@@ -147,7 +152,9 @@ class StartingStrategy(EvaluatingStrategy):
         if self._world is None or self._transport is None:
             self._begin_virtual(module, self._plan, squares)
         else:
-            self._begin_stage(module, self._plan, squares, self._world, self._transport)
+            first_batch = module.trainer.fit_loop.epoch_loop.total_batch_idx
+            self._begin_stage(module, self._plan, squares, self._world, self._transport, first_batch)
+            self._measure()
         stages = self._stages
         assert stages is not None
         self._undo_clipping = clip_by_total_norm(stages.parts, stages.gradients)
@@ -168,7 +175,13 @@ class StartingStrategy(EvaluatingStrategy):
         self._virtual_stages = VirtualStages(queues, notes, virtual_scaler, sides, slots, self._watch_updates(slots))
 
     def _begin_stage(
-        self, module: LightningModule, plan: Plan, squares: Tensor, world: World, transport: Transport
+        self,
+        module: LightningModule,
+        plan: Plan,
+        squares: Tensor,
+        world: World,
+        transport: Transport,
+        first_batch: int,
     ) -> None:
         self._pipeline = Pipeline(
             module,
@@ -180,7 +193,7 @@ class StartingStrategy(EvaluatingStrategy):
             self.root_device,
             backward=self._options.backward,
             seed=self._seed,
-            first_batch=module.trainer.fit_loop.epoch_loop.total_batch_idx,
+            first_batch=first_batch,
             message_dtype=self._options.message_dtype,
         )
         runner = self._pipeline.runner
@@ -196,6 +209,65 @@ class StartingStrategy(EvaluatingStrategy):
             self._pipeline.average(group, self.wrap_in_ddp, wait, broadcasts_buffers, self.agree_on_wishes)
         self._interception.use(runner)
         self._evaluation = None  # what was planned with the whole model
+
+    def _measure(self) -> None:
+        """Measure what takes how long, from when the pipeline is full, if cuts are to follow from that."""
+        runner = self.runner
+        if self._options.balance != "measured" or runner is None:
+            return
+        self._measured_from = runner.num_forwards + 2 * self.plan.delays[0] + 2
+        self._call_seconds = {}
+        runner.timing = self._timing
+
+    @contextmanager
+    def _timing(self, path: str) -> Iterator[None]:
+        assert self.runner is not None
+        if self._measured_from is None or self.runner.num_forwards < self._measured_from:
+            yield
+            return
+        wait_for_device(self.root_device)
+        begin = time.perf_counter()
+        yield
+        wait_for_device(self.root_device)
+        self._call_seconds[path] = self._call_seconds.get(path, 0.0) + time.perf_counter() - begin
+
+    def rebalance(self) -> None:
+        """At a flush, where all stages are: move cuts if what was measured makes it worth."""
+        module, old, world, transport = self.lightning_module, self._pipeline, self._world, self._transport
+        if self._measured_from is None or old is None or world is None or transport is None or module is None:
+            return
+        mine = Measurement(busy_in(transport.clock.spans, self._measured_from), self._call_seconds)
+        measured = self.gather_from_stages(mine, "what the stages have measured")
+        if any(one.busy is None for one in measured):
+            self._measure()  # until the next flush
+            return
+        self._measured_from = old.runner.timing = None
+        found = None
+        if self.is_global_zero:
+            assert self._traced is not None
+            found = better_plan(self._traced, module, self.plan, measured, self.slack)
+        found = world.all_gather(found, "the new plan")[0]
+        if found is None:
+            return
+        plan, gain = found
+        rank_zero_info(f"By measured times the slowest stage gets {100 * gain:.0f} % faster with:\n{plan.table()}\n")
+        optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
+        move_parameters(old.runner.slots, optimizers, self.plan, plan, self.stage, self._stage_ranks, world)
+        old.give_way()
+        squares = torch.zeros(self.num_stages, device=self.root_device) if self.squares is None else self.squares
+        self._end_training()
+        self._undo_scaler()
+        self._undo_scaler = _nothing
+        self._interception.use(None)
+        self._plan = plan
+        self._begin_stage(module, plan, squares, world, transport, old.runner.num_forwards)
+        runner = self.runner
+        assert runner is not None
+        runner.ending, runner.messages.granted = old.runner.ending, old.runner.messages.granted
+        runner.messages.wishes = old.runner.messages.wishes
+        self._undo_clipping = clip_by_total_norm(runner.parts, runner.gradients)
+        if self.reporter is not None:
+            self.reporter.follow(runner)
 
     def _watch_updates(self, slots: ParameterSlots) -> Updates | None:
         """Let the remedies work that concern updates."""
@@ -226,7 +298,8 @@ class StartingStrategy(EvaluatingStrategy):
     def _make_plan(self, batch: Any, batch_idx: int) -> Plan:
         module = self.lightning_module
         assert module is not None
-        return make_plan(self._trace(batch, batch_idx), module, self.num_stages, self._options.split_at, self.slack)
+        self._traced = self._trace(batch, batch_idx)
+        return make_plan(self._traced, module, self.num_stages, self._options.split_at, self.slack)
 
     def _trace(self, batch: Any, batch_idx: int) -> Trace:
         module = self.lightning_module

@@ -72,6 +72,8 @@ class DelayedMPStrategy(StartingStrategy):
             first by ``1 / d`` (PipeMare).
         correct_updates: Twice the update less the one before it, where gradients are old (one-step correction).
         synchronous_steps: So many steps without delays come first: stages wait for each other.
+        balance: By what cuts make the stages equal: ``"flops"``, a guess from the trace, or ``"measured"``, times of the
+            first iterations; then cuts move at the next flush if that makes the slowest stage faster by more than 5 %.
         slack: So many batches more than necessary are in flight between neighbours, to hide a link that is slow beside
             a batch; each makes gradients older by as many batches for every stage that follows.
         message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by
@@ -98,6 +100,7 @@ class DelayedMPStrategy(StartingStrategy):
         lr_discount_steps: int = 0,
         correct_updates: bool = False,
         synchronous_steps: int = 0,
+        balance: Literal["flops", "measured"] = "flops",
         slack: int = 0,
         message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
@@ -105,7 +108,7 @@ class DelayedMPStrategy(StartingStrategy):
         **kwargs: Any,
     ) -> None:
         remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
-        options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack)
+        options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack, balance)
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
         self._options, self.slack = options, slack
         self._undo_callbacks: Callable[[], None] = _nothing
@@ -293,6 +296,7 @@ class DelayedMPStrategy(StartingStrategy):
             stages.end_flush()
             if self.runner is not None and self.runner.averaging is not None:
                 self.runner.averaging.share_buffers()  # before an evaluation, as DDP does, and for what is saved
+            self.rebalance()
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -306,6 +310,7 @@ class DelayedMPStrategy(StartingStrategy):
 
     def finish_training(self) -> None:
         """Flush and leave the whole model on every process."""
+        self._measured_from = None
         self.flush()
         if self._pipeline is not None:
             self._pipeline.close()

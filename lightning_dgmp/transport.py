@@ -122,6 +122,7 @@ class Transport:
         self._in: dict[tuple[str, int], _Inbox] = {}
         self._out: dict[tuple[str, int], _Outbox] = {}
         self._edges: set[tuple[int, int]] = set()
+        self._pairs: set[tuple[int, int]] = set()  # that share parameters
         self.clock, self.bytes_sent = Clock(), 0
         for peer in self._peers[1:]:
             self._connect(DATA, self._peers[0], peer, torch.device("cpu"))
@@ -142,7 +143,8 @@ class Transport:
 
     def share(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Open a channel for gradients of shared parameters from one stage to another for each pair."""
-        for source, target in sorted(pairs):
+        for source, target in sorted(set(pairs) - self._pairs):
+            self._pairs.add((source, target))
             self._connect(SHARED, self._peers[source], self._peers[target], self._device, self._over_nccl)
 
     def collect(self, take: Callable[[int, Message], None]) -> None:

@@ -83,6 +83,7 @@ class Plan:
             their first call stands in ``modules``.
         stages: One summary a stage.
         delays: How many iterations later than its forward a batch's backward runs on each stage.
+        bounds: Where each stage begins and the last one ends among the units of the trace; empty for evaluation.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class Plan:
         runs_on: Set[int] = frozenset(),
         calls: Mapping[tuple[str, int], int | None] = {},
         slack: int = 0,
+        bounds: Sequence[int] = (),
     ) -> None:
         self.num_stages = len(stages)
-        self.delays = delays_of(self.num_stages, slack)
+        self.delays, self.bounds = delays_of(self.num_stages, slack), list(bounds)
         self.modules = modules
         self.calls = calls
         self.visible = visible
@@ -160,7 +162,12 @@ class Plan:
 
 
 def make_plan(
-    trace: Trace, root: nn.Module, num_stages: int, split_at: Sequence[str] | None = None, slack: int = 0
+    trace: Trace,
+    root: nn.Module,
+    num_stages: int,
+    split_at: Sequence[str] | None = None,
+    slack: int = 0,
+    costs: Sequence[float] | None = None,
 ) -> Plan:
     """Divide what ``trace`` shows among ``num_stages`` stages.
 
@@ -170,6 +177,7 @@ def make_plan(
         num_stages: How many stages to make.
         split_at: Paths of the modules with which the stages 1, 2, ... begin; by default the best ones are found.
         slack: How many batches more than necessary are in flight between neighbours.
+        costs: Of each unit of the trace, if they are better known than from the trace.
 
     Raises:
         PlanError: If the step cannot be divided so.
@@ -186,6 +194,8 @@ def make_plan(
             + (f" before the point where the trace stopped: {trace.stopped}." if trace.stopped else ".")
             + " Move the reading of values behind the network."
         )
+    if costs is not None:
+        cuts.costs = list(costs)
     if split_at is None:
         positions = choose_cuts(cuts, num_stages)
     else:
@@ -206,6 +216,7 @@ def make_plan(
         },
         [sum(cuts.costs[a:b]) for a, b in pairwise(bounds)],
         slack,
+        bounds,
     )
 
 
@@ -249,6 +260,7 @@ def _lay_out(
     parameters: dict[str, tuple[int, ...]],
     costs: list[float],
     slack: int = 0,
+    bounds: Sequence[int] = (),
 ) -> Plan:
     num_stages = len(costs)
     modules, owners = _owners(trace, root, op_stages, parameters)
@@ -298,7 +310,9 @@ def _lay_out(
         for index, occurrence in visible.items()
         if owners[index] != modules[path := trace.calls[index].path]
     }
-    return Plan(parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on, calls, slack)
+    return Plan(
+        parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on, calls, slack, bounds
+    )
 
 
 def _owners(

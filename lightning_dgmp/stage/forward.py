@@ -71,6 +71,7 @@ class Forward:
         self.stage, self.plan, self.wiring, self.skips = stage, plan, wiring, skips
         self.randomness, self.receive, self.record, self.keeps_inputs = randomness, receive, record, keeps_inputs
         self.occurrences: Counter[str] = Counter()
+        self.timing: Callable[[str], AbstractContextManager[None]] | None = None  # around calls of this stage
         self.inside = self.done = False
 
     def on_call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,7 +95,7 @@ class Forward:
         if owner is None:
             out = call(*args, **kwargs)
         elif owner == self.stage:
-            with self.as_a_whole():
+            with self.as_a_whole(), nullcontext() if self.timing is None else self.timing(path):
                 out = call(*args, **kwargs)
             self.check(path, out)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -110,6 +110,7 @@ class StageRunner:
         self.optimizers: Sequence[Optimizer] = ()
         self.updates: Updates | None = None  # if a remedy concerns them
         self.is_synchronous = False  # whether all stages wait for each other
+        self.timing: Callable[[str], AbstractContextManager[None]] | None = None  # around calls of this stage
         self.agree: Callable[[Wish], Wish] = lambda wishes: wishes  # of the first stages of all replicas
 
     # ----- the two halves of an iteration
@@ -340,7 +341,10 @@ class StageRunner:
     def _forward_of(self, record: InFlight, keeps_inputs: bool) -> Forward:
         randomness = StepRandomness(self.seed, record.batch, self.device)
         receive = partial(self.transport.receive, ACTIVATIONS, batch=record.batch)
-        return Forward(self.stage, self.plan, self._wiring, self._skips, randomness, receive, record, keeps_inputs)
+        how = randomness, receive, record, keeps_inputs
+        forward = Forward(self.stage, self.plan, self._wiring, self._skips, *how)
+        forward.timing = self.timing
+        return forward
 
     def _run(self, forward: Forward) -> Any:
         record = forward.record
