@@ -344,7 +344,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
 _READS = frozenset(
     """
     item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __format__ __contains__ __str__
-    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__
+    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__ apply_ map_ map2_
     """.split()  # noqa: SIM905
 )
 _IN_PLACE = frozenset(
