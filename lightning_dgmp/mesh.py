@@ -27,7 +27,7 @@ from lightning_dgmp.host import (
     default_pg_timeout,
     rank_zero_warn,
 )
-from lightning_dgmp.plan.restore import is_of_user
+from lightning_dgmp.objects import is_of_user
 from lightning_dgmp.replicas import Replicas, Vote
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.support import check_devices

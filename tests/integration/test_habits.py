@@ -12,10 +12,18 @@ from lightning.pytorch import Callback
 from lightning_dgmp.stage import skip
 from tests import models
 from tests.habits import HABITS, SPLITS, CheckpointedDropout
+from tests.habits_arguments import HABITS_WITH_ARGUMENTS
 from tests.pool import WorkerPool
 from tests.training import Outcome, assert_equal, fit
 
-RERUN = {"CountsInABuffer", "ScalesTheBatch", "AddsInPlace", "UnfreezesWhileInFlight", "DetachesAtFirst"}
+RERUN = {
+    "CountsInABuffer",
+    "ScalesTheBatch",
+    "AddsInPlace",
+    "UnfreezesWhileInFlight",
+    "DetachesAtFirst",
+    "CountsInObjects",
+}
 
 
 def run(pool: WorkerPool, model: Callable[..., Any], num_stages: int, virtual: bool = False, **kwargs: Any) -> Outcome:
@@ -25,7 +33,10 @@ def run(pool: WorkerPool, model: Callable[..., Any], num_stages: int, virtual: b
     return pool.run(fit, devices, model, models.vectors, strategy, devices, **kwargs)[0]
 
 
-@pytest.mark.parametrize(("model", "num_stages"), [(model, 3 if i % 2 else 2) for i, model in enumerate(HABITS)])
+@pytest.mark.parametrize(
+    ("model", "num_stages"),
+    [(model, 3 if i % 2 else 2) for i, model in enumerate(HABITS)] + [(model, 3) for model in HABITS_WITH_ARGUMENTS],
+)
 def test_processes_equal_virtual_stages(pool: WorkerPool, model: Any, num_stages: int) -> None:
     expected = run(pool, model, num_stages, virtual=True)
     assert_equal(run(pool, model, num_stages), expected, 1e-6)
