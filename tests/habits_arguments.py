@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+import numpy
+import torch
+from torch import Tensor, nn
 
 from tests.habits import Block, ThreeBlocks
 
@@ -89,4 +91,67 @@ class KeepsActivationsInAnObject(ThreeBlocks):
         return y + sum(cache.all)
 
 
-HABITS_WITH_ARGUMENTS: list[Callable[..., Any]] = [CountsInObjects, ChangesADataclass, KeepsActivationsInAnObject]
+class CountsRows(ThreeBlocks):
+    """The number of rows of what the first block returns is not that of an argument, and only this number is used."""
+
+    def rows(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        rows = self.rows(x)
+        mean = rows.mean(0, keepdim=True).expand(len(x), -1)
+        return self.third(self.second(mean)) * rows.shape[0]
+
+
+class TakesAGraph(CountsRows):
+    """... but that of a tensor in an object."""
+
+    class kind(Block):
+        def forward(self, graph: Any) -> Tensor:
+            return super().forward(graph.nodes[0]["x"])
+
+    def rows(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.first(SimpleNamespace(nodes=[{"x": x[: 1 + int((x[:, 0] > 0).sum())]}]))
+        return rows
+
+
+class SelectsRows(CountsRows):
+    """... but follows from values in ways that are no reads."""
+
+    class kind(Block):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            places = mask.nonzero().squeeze(1), torch.where(mask)[0], torch.arange(mask.sum())
+            return super().forward(torch.cat([x[index] for index in (*places, mask)]))
+
+    def rows(self, x: Tensor) -> Tensor:
+        mask = x[:, 0] > 0
+        mask[0] = True
+        rows: Tensor = self.first(x, mask)
+        return rows
+
+
+class Resizes(CountsRows):
+    """... but is that of a tuple, and of a module of torch, which a hook sets, and of a list of numpy's numbers."""
+
+    class kind(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AdaptiveAvgPool2d((2, 8))
+            self.size: Any = None
+
+        def forward(self, x: Tensor, more: list[Any]) -> Tensor:
+            x = self.pool(super().forward(x)[None])[0]
+            return x.repeat(*self.size) if self.size else torch.cat([x, x.new_zeros(*more)])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.first.pool.output_size = (2 + batch_idx % 2, 8)
+        self.first.size = [None, (2, 1), [3, 1]][batch_idx % 3]
+
+    def rows(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.first(x, [numpy.int64(1 + self.trainer.fit_loop.batch_idx % 4), 8])
+        return rows
+
+
+HABITS_WITH_ARGUMENTS: list[Callable[..., Any]] = [
+    CountsInObjects, ChangesADataclass, KeepsActivationsInAnObject, TakesAGraph, SelectsRows, Resizes,
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +23,9 @@ from lightning_dgmp.stage.isolation import Isolation
 __all__ = ["Skips", "remove_ghosts"]
 
 _MAX_TEMPLATES = 10_000
-_INTERNAL = vars(nn.Module()).keys()
+_MAX_ITEMS = 100
+_CONTAINERS = (tuple, list, dict, set, deque)
+_INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
 class Skips:
@@ -42,7 +45,7 @@ class Skips:
     ) -> None:
         self._root, self._mode, self._hiding = root, mode, hiding
         self._templates: dict[Any, _Template] = {}
-        self._settings: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
+        self._settings: dict[str, list[tuple[dict[str, Any], int, list[str]]]] = {}
 
     def outputs(
         self, call: Callable[..., Any], path: str, stage: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -99,13 +102,15 @@ class Skips:
         return out, bool(kept)
 
     def _settings_of(self, path: str) -> tuple[Any, ...]:
-        """The plain attributes of a module and those inside of it, as annealed temperatures and ``training``."""
-        if path not in self._settings:
-            self._settings[path] = [
-                (vars(child), [n for n, v in vars(child).items() if isinstance(v, PLAIN) and _may_change(child, n)])
-                for child in self._root.get_submodule(path).modules()
+        """The attributes of a module and those inside of it that may decide shapes, as ``training`` and sizes."""
+        known = self._settings.get(path, [])
+        if not known or any(len(attributes) != count for attributes, count, _ in known):
+            of_modules = [vars(child) for child in self._root.get_submodule(path).modules()]
+            self._settings[path] = known = [
+                (attributes, len(attributes), [name for name, value in attributes.items() if _may_decide(name, value)])
+                for attributes in of_modules
             ]
-        return tuple(attributes.get(name) for attributes, names in self._settings[path] for name in names)
+        return tuple(_setting(attributes.get(name)) for attributes, _, names in known for name in names)
 
     def realised(self, nest: Any) -> Any:
         """``nest`` with the values of those ghosts that stand for work of other stages."""
@@ -146,9 +151,23 @@ class _Template:
         return map_leaves(one, self.out)
 
 
-def _may_change(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is more than a constant of torch's own modules."""
-    return name == "training" or (name not in _INTERNAL and not type(module).__module__.startswith("torch."))
+def _may_decide(name: str, value: Any) -> bool:
+    """Whether an attribute is neither one of any module nor a part of a library."""
+    is_of_kind = isinstance(value, (Tensor, *PLAIN, *_CONTAINERS)) or is_object_of_user(value)
+    return name == "training" or (name not in _INTERNAL and is_of_kind)
+
+
+def _setting(value: Any, depth: int = 2) -> Any:
+    """A key for the value of an attribute, unless it is a ghost, a part of a library, or long, as data and results."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, _CONTAINERS):
+        return looks_of(value) if len(value) <= _MAX_ITEMS else None
+    if isinstance(value, Tensor):
+        return None if isinstance(value, Ghost) else looks_of(value)
+    if depth and is_object_of_user(value):
+        return tuple((name, _setting(item, depth - 1)) for name, item in vars(value).items())
+    return None
 
 
 def _real_attributes(module: nn.Module) -> dict[tuple[str, str], tuple[Any, list[Any]]]:
