@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.habits import Block, ThreeBlocks
 
-__all__ = ["HABITS_WITH_ARGUMENTS"]
+__all__ = ["HABITS_WITH_ARGUMENTS", "ReadsAGlobal"]
 
 
 class Counter:
@@ -149,6 +149,23 @@ class Resizes(CountsRows):
 
     def rows(self, x: Tensor) -> Tensor:
         rows: Tensor = self.first(x, [numpy.int64(1 + self.trainer.fit_loop.batch_idx % 4), 8])
+        return rows
+
+
+class ReadsAGlobal(CountsRows):
+    """... but that of something that cannot be known."""
+
+    num_rows = 1
+
+    class kind(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[: ReadsAGlobal.num_rows])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        ReadsAGlobal.num_rows = 1 + batch_idx // 3
+
+    def rows(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.first(x)
         return rows
 
 
