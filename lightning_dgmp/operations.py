@@ -6,8 +6,8 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -116,9 +116,7 @@ class GhostMode:
         if name in _READS:
             raise GhostRead(inputs[0], name)
         if name == "__getitem__":
-            numbered = _numbered(args[1])
-            self.has_read_values |= numbered is not args[1]
-            args = (subject, numbered, *args[2:])
+            args = (subject, _numbered(args[1]), *args[2:])
         if func is torch.autograd.grad:
             raise GhostError(
                 f"`torch.autograd.grad` was called on {inputs[0].describe()}. A step may not differentiate by itself,"
@@ -273,9 +271,26 @@ class _NotingReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def noting_reads(mode: GhostMode) -> AbstractContextManager[Any]:
-    """Note in ``mode.has_read_values`` whether code reads values of real tensors."""
-    return _NotingReads(mode)
+class _NotingShapes(TorchDispatchMode):
+    """Sees operations whose results have shapes, or are numbers, that depend on values."""
+
+    def __init__(self, mode: GhostMode) -> None:
+        super().__init__()
+        self._ghosts = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            self._ghosts.has_read_values |= any(_is_mask(index) for index in args[1])
+        elif func is torch.ops.aten._pack_padded_sequence.default or not _DEPENDS_ON_VALUES.isdisjoint(func.tags):
+            self._ghosts.has_read_values = True
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def noting_reads(mode: GhostMode) -> Iterator[None]:
+    """Note in ``mode.has_read_values`` whether values of real tensors decide what code does, or shapes."""
+    with _NotingReads(mode), _NotingShapes(mode):
+        yield
 
 
 def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
@@ -291,14 +306,18 @@ def _numbered(index: Any) -> Any:
     """``index`` with places in the stead of real masks, so that the shape of what they select is known."""
 
     def one(item: Any) -> tuple[Any, ...]:
-        is_mask = isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) and not isinstance(item, Ghost)
-        return item.nonzero(as_tuple=True) if is_mask and item.dim() else (item,)
+        is_real_mask = _is_mask(item) and not isinstance(item, Ghost)
+        return item.nonzero(as_tuple=True) if is_real_mask and item.dim() else (item,)
 
     parts = index if isinstance(index, tuple) else (index,)
     numbered = tuple(part for item in parts for part in one(item))
     if len(numbered) == len(parts) and all(a is b for a, b in zip(numbered, parts)):
         return index
     return numbered if len(numbered) != 1 or isinstance(index, tuple) else numbered[0]
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _shell(tensor: Tensor) -> Tensor:
@@ -374,9 +393,10 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
 _READS = frozenset(
     """
     item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __format__ __contains__ __str__
-    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__
+    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__ apply_ map_ map2_
     """.split()  # noqa: SIM905
 )
+_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _IN_PLACE = frozenset(
     """
     __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__
