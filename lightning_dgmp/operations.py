@@ -6,8 +6,7 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +16,14 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostError, GhostRead, looks_of, realised
 from lightning_dgmp.nests import leaves, map_tensors, tensors_in
+from lightning_dgmp.reads import READS, is_mask
 
-__all__ = ["GhostMode", "Result", "is_in_place", "noting_reads"]
+__all__ = ["GhostMode", "Result", "is_in_place"]
 
 _MAX_RESULTS = 10_000
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -113,7 +112,7 @@ class GhostMode:
             if inputs[0].family is not self:
                 return inputs[0].family.call(func, args, kwargs)
             subject = args[0] if args else None
-        if name in _READS:
+        if name in READS:
             raise GhostRead(inputs[0], name)
         if name == "__getitem__":
             args = (subject, _numbered(args[1]), *args[2:])
@@ -262,37 +261,6 @@ class _Identity:
         return id(item) in self.ids
 
 
-class _NotingReads(TorchFunctionMode):
-    def __init__(self, mode: GhostMode) -> None:
-        self._ghosts = mode
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._ghosts.has_read_values |= getattr(func, "__name__", "") in _READS
-        return func(*args, **(kwargs or {}))
-
-
-class _NotingShapes(TorchDispatchMode):
-    """Sees operations whose results have shapes, or are numbers, that depend on values."""
-
-    def __init__(self, mode: GhostMode) -> None:
-        super().__init__()
-        self._ghosts = mode
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor:
-            self._ghosts.has_read_values |= any(_is_mask(index) for index in args[1])
-        elif func is torch.ops.aten._pack_padded_sequence.default or not _DEPENDS_ON_VALUES.isdisjoint(func.tags):
-            self._ghosts.has_read_values = True
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def noting_reads(mode: GhostMode) -> Iterator[None]:
-    """Note in ``mode.has_read_values`` whether values of real tensors decide what code does, or shapes."""
-    with _NotingReads(mode), _NotingShapes(mode):
-        yield
-
-
 def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function of that name changes its first argument."""
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
@@ -306,7 +274,7 @@ def _numbered(index: Any) -> Any:
     """``index`` with places in the stead of real masks, so that the shape of what they select is known."""
 
     def one(item: Any) -> tuple[Any, ...]:
-        is_real_mask = _is_mask(item) and not isinstance(item, Ghost)
+        is_real_mask = is_mask(item) and not isinstance(item, Ghost)
         return item.nonzero(as_tuple=True) if is_real_mask and item.dim() else (item,)
 
     parts = index if isinstance(index, tuple) else (index,)
@@ -314,10 +282,6 @@ def _numbered(index: Any) -> Any:
     if len(numbered) == len(parts) and all(a is b for a, b in zip(numbered, parts)):
         return index
     return numbered if len(numbered) != 1 or isinstance(index, tuple) else numbered[0]
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _shell(tensor: Tensor) -> Tensor:
@@ -390,13 +354,6 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "__reduce_ex__": Ghost.__reduce_ex__,
 }
 
-_READS = frozenset(
-    """
-    item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __format__ __contains__ __str__
-    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__ apply_ map_ map2_
-    """.split()  # noqa: SIM905
-)
-_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _IN_PLACE = frozenset(
     """
     __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__

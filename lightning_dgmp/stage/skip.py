@@ -15,8 +15,9 @@ from lightning_dgmp.calls import no_backward_hooks
 from lightning_dgmp.ghost import PLAIN, Ghost, looks_of
 from lightning_dgmp.nests import is_same, leaves, map_leaves, marks, replace_leaves, tensors_in
 from lightning_dgmp.objects import is_object_of_user
-from lightning_dgmp.operations import GhostMode, noting_reads
+from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.restore import attributes_saved
+from lightning_dgmp.reads import noting_reads
 from lightning_dgmp.replicas import alone
 from lightning_dgmp.stage.isolation import Isolation
 
