@@ -23,7 +23,7 @@ from lightning_dgmp.host import (
     rank_zero_warn,
 )
 from lightning_dgmp.monitor import DelayedMPMonitor
-from lightning_dgmp.plan.restore import is_of_user
+from lightning_dgmp.objects import is_of_user
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:

@@ -8,17 +8,19 @@ first operation that touches a bound ghost waits for the value and computes with
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Callable, MutableMapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_dgmp.nests import replace_leaves, tensors_in
+from lightning_dgmp.objects import attributes_of, has_attributes
 
 if TYPE_CHECKING:
     from lightning_dgmp.operations import GhostMode
@@ -31,6 +33,7 @@ PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, to
 
 
 _STORAGE_IDS = itertools.count()
+_LOOKED_AT: set[int] = set()  # objects whose looks are being taken, which may refer to themselves
 
 
 class GhostError(RuntimeError):
@@ -154,7 +157,7 @@ class Ghost(torch.Tensor):
 def looks_of(obj: Any) -> Any:
     """A key for the nest ``obj``: its structure, what its tensors look like, and its plain values.
 
-    Of other objects the plain attributes count.
+    Objects of the user's classes count as nests; of others the plain attributes count.
     """
     if isinstance(obj, Ghost):
         if obj.looks is None:
@@ -165,7 +168,7 @@ def looks_of(obj: Any) -> Any:
         return obj.shape, obj.stride(), obj.dtype, obj.device, obj.requires_grad
     if isinstance(obj, PLAIN):
         return type(obj), obj
-    if isinstance(obj, (list, tuple)):
+    if isinstance(obj, (list, tuple, deque)):
         return type(obj), *map(looks_of, obj)
     if isinstance(obj, MutableMapping):
         return type(obj), *((key, looks_of(value)) for key, value in obj.items())
@@ -173,10 +176,20 @@ def looks_of(obj: Any) -> Any:
         return slice, looks_of(obj.start), looks_of(obj.stop), looks_of(obj.step)
     if isinstance(obj, Enum):
         return type(obj), obj.name
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return type(obj), *(looks_of(getattr(obj, field.name)) for field in dataclasses.fields(obj))
-    attributes = getattr(obj, "__dict__", {})
-    return type(obj), *((name, value) for name, value in attributes.items() if isinstance(value, PLAIN))
+    if isinstance(obj, (numpy.ndarray, numpy.generic)):
+        return type(obj), obj.shape, obj.dtype, hash(obj.tobytes())
+    if isinstance(obj, (set, frozenset)):
+        return type(obj), frozenset(map(looks_of, obj))
+    if not has_attributes(obj):
+        attributes = getattr(obj, "__dict__", {})
+        return type(obj), *((name, value) for name, value in attributes.items() if isinstance(value, PLAIN))
+    if id(obj) in _LOOKED_AT:
+        return type(obj)
+    _LOOKED_AT.add(id(obj))
+    try:
+        return type(obj), *((name, looks_of(value)) for name, value in attributes_of(obj).items())
+    finally:
+        _LOOKED_AT.discard(id(obj))
 
 
 def realised(nest: Any) -> Any:

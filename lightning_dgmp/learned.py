@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_dgmp.ghost import realised
 from lightning_dgmp.host import LightningModule
 from lightning_dgmp.nests import is_same, leaves, marks
-from lightning_dgmp.plan.restore import is_object_of_user
+from lightning_dgmp.objects import is_object_of_user
 
 __all__ = ["Learned"]
 

@@ -28,7 +28,7 @@ from lightning_dgmp.host import (
     rank_zero_warn,
     subprocess_script,
 )
-from lightning_dgmp.plan.restore import is_of_user
+from lightning_dgmp.objects import is_of_user
 from lightning_dgmp.replicas import Replicas, Vote
 from lightning_dgmp.running import start_children_alike
 from lightning_dgmp.schedule import delays_of

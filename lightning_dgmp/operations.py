@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +16,14 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_dgmp.ghost import PLAIN, Ghost, GhostError, GhostRead, looks_of, realised
 from lightning_dgmp.nests import leaves, map_tensors, tensors_in
+from lightning_dgmp.reads import READS, is_mask
 
-__all__ = ["GhostMode", "Result", "is_in_place", "noting_reads"]
+__all__ = ["GhostMode", "Result", "is_in_place"]
 
 _MAX_RESULTS = 10_000
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -113,12 +112,10 @@ class GhostMode:
             if inputs[0].family is not self:
                 return inputs[0].family.call(func, args, kwargs)
             subject = args[0] if args else None
-        if name in _READS:
+        if name in READS:
             raise GhostRead(inputs[0], name)
         if name == "__getitem__":
-            numbered = _numbered(args[1])
-            self.has_read_values |= numbered is not args[1]
-            args = (subject, numbered, *args[2:])
+            args = (subject, _numbered(args[1]), *args[2:])
         if func is torch.autograd.grad:
             raise GhostError(
                 f"`torch.autograd.grad` was called on {inputs[0].describe()}. A step may not differentiate by itself,"
@@ -264,20 +261,6 @@ class _Identity:
         return id(item) in self.ids
 
 
-class _NotingReads(TorchFunctionMode):
-    def __init__(self, mode: GhostMode) -> None:
-        self._ghosts = mode
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._ghosts.has_read_values |= getattr(func, "__name__", "") in _READS
-        return func(*args, **(kwargs or {}))
-
-
-def noting_reads(mode: GhostMode) -> AbstractContextManager[Any]:
-    """Note in ``mode.has_read_values`` whether code reads values of real tensors."""
-    return _NotingReads(mode)
-
-
 def is_in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a function of that name changes its first argument."""
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
@@ -291,8 +274,8 @@ def _numbered(index: Any) -> Any:
     """``index`` with places in the stead of real masks, so that the shape of what they select is known."""
 
     def one(item: Any) -> tuple[Any, ...]:
-        is_mask = isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) and not isinstance(item, Ghost)
-        return item.nonzero(as_tuple=True) if is_mask and item.dim() else (item,)
+        is_real_mask = is_mask(item) and not isinstance(item, Ghost)
+        return item.nonzero(as_tuple=True) if is_real_mask and item.dim() else (item,)
 
     parts = index if isinstance(index, tuple) else (index,)
     numbered = tuple(part for item in parts for part in one(item))
@@ -371,12 +354,6 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "__reduce_ex__": Ghost.__reduce_ex__,
 }
 
-_READS = frozenset(
-    """
-    item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __format__ __contains__ __str__
-    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__
-    """.split()  # noqa: SIM905
-)
 _IN_PLACE = frozenset(
     """
     __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__

@@ -15,7 +15,7 @@ __all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Wire", 
 
 _DATA, CLOSE, ABORT = range(3)
 _HEADER = 64  # integers; longer descriptions follow in a message of their own
-_FIXED = 6
+_FIXED = 8
 _DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
@@ -40,7 +40,8 @@ class Message(NamedTuple):
 
     ``wishes`` is a :class:`Wish`; ``flush`` says that there are no activations of this batch because the sender is
     about to run its outstanding backwards; ``differentiable`` says for which tensors the sender wants errors; ``extra``
-    is whatever else there is to say.
+    is whatever else there is to say; ``shapes`` has the number of module calls so far, and a digest of the shapes that
+    they returned.
     """
 
     batch: int
@@ -49,6 +50,7 @@ class Message(NamedTuple):
     flush: bool = False
     differentiable: Sequence[bool] = ()
     extra: bytes = b""
+    shapes: tuple[int, int] = (0, 0)
 
 
 class Broken(Exception):
@@ -120,7 +122,8 @@ class Wire:
                 description.append(-1)
         inline = len(description) <= _HEADER - _FIXED
         flags = int(message.wishes) << 1 | message.flush
-        fixed = [_DATA, message.batch, flags, len(message.tensors), len(description), len(message.extra)]
+        lengths = len(message.tensors), len(description), len(message.extra)
+        fixed = [_DATA, message.batch, flags, *lengths, *message.shapes]
         self._send_integers(fixed + (description if inline else []))
         if not inline:
             self._send_to_host(torch.tensor(description))
@@ -158,7 +161,7 @@ class Wire:
         """In the receiving thread: the next message, or :class:`Broken` at the end of all."""
         header = torch.empty(_HEADER, dtype=torch.int64)
         self._receive_on_host(header)
-        kind, batch, flags, count, length, num_bytes, *description = header.tolist()
+        kind, batch, flags, count, length, num_bytes, num_calls, digest, *description = header.tolist()
         if kind != _DATA:
             raise Broken(kind, self._receive_bytes(num_bytes).decode())
         if length > _HEADER - _FIXED:
@@ -166,7 +169,8 @@ class Wire:
             self._receive_on_host(longer)
             description = longer.tolist()
         wants_error: list[bool] = []
-        message = Message(batch, flags >> 1, [], bool(flags & 1), wants_error, self._receive_bytes(num_bytes))
+        extra, shapes = self._receive_bytes(num_bytes), (num_calls, digest)
+        message = Message(batch, flags >> 1, [], bool(flags & 1), wants_error, extra, shapes)
         event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
         return Arriving(message, event)
 

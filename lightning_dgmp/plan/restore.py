@@ -6,20 +6,17 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import ModuleType
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attributes_of_now", "attributes_saved", "is_object_of_user", "is_of_user", "is_plain", "untouched"]
+from lightning_dgmp.objects import is_object_of_user
+
+__all__ = ["attributes_of_now", "attributes_saved", "is_plain", "untouched"]
 
 _MAX_ITEMS = 10_000  # of a container; larger ones are data, and not copied in every step
-_NOT_OF_USER = {
-    "builtins", "lightning", "lightning_dgmp", "lightning_fabric", "logging", "numpy", "pytorch_lightning", "threading",
-    "torch", "torchmetrics", "transformers",
-}  # fmt: skip
 _Generator = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
 
 
@@ -171,19 +168,3 @@ def _set_state(generator: Any, state: Any) -> None:
 def is_plain(value: Any) -> bool:
     """Whether ``value`` is a tensor that is not a parameter."""
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-
-
-def is_object_of_user(value: Any) -> bool:
-    """Whether ``value`` is an object of a class of the user, with attributes."""
-    if (
-        isinstance(value, (nn.Module, type, ModuleType, Tensor))
-        or callable(value)
-        or not isinstance(getattr(value, "__dict__", None), dict)
-    ):
-        return False
-    return is_of_user(type(value).__module__)
-
-
-def is_of_user(module_name: str) -> bool:
-    """Whether code in a module is the user's, and not that of a library that this project knows."""
-    return module_name.partition(".")[0] not in _NOT_OF_USER

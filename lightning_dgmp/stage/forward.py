@@ -34,6 +34,7 @@ class InFlight:
     received: dict[int, Message] = field(default_factory=dict)  # by source stage
     entries: dict[tuple[int, int], Arrived] = field(default_factory=dict)  # by source stage and slot
     exits: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by target stage and slot
+    shapes: list[int] = field(default_factory=list)  # digests of the shapes of all outputs, before each call
 
 
 class StepDone(BaseException):
@@ -70,6 +71,7 @@ class Forward:
     ) -> None:
         self.stage, self.plan, self.wiring, self.skips = stage, plan, wiring, skips
         self.randomness, self.receive, self.record, self.keeps_inputs = randomness, receive, record, keeps_inputs
+        self.record.shapes = [0]
         self.occurrences: Counter[str] = Counter()
         self.timing: Callable[[str], AbstractContextManager[None]] | None = None  # around calls of this stage
         self.inside = self.done = False
@@ -101,6 +103,9 @@ class Forward:
         else:
             with self.as_a_whole():
                 out = self.skips.outputs(call, path, owner, args, kwargs)
+        if owner is not None and path in self.plan.visible:
+            shapes = [leaf.fake.shape if isinstance(leaf, Ghost) else leaf.shape for leaf in tensors_in(out)]
+            self.record.shapes.append(hash((self.record.shapes[-1], *shapes)))
         self.at(Event(path, occurrence, "out"), out)
         return out
 
@@ -164,6 +169,17 @@ class Forward:
         if source not in received:
             received[source] = self.receive(source)
         return received[source]
+
+    def check_shapes(self) -> None:
+        """Compare what modules return here with what they return on earlier stages, as far as both have run."""
+        for source, message in self.record.received.items():
+            num_calls, digest = message.shapes
+            if num_calls < len(self.record.shapes) and self.record.shapes[num_calls] != digest:
+                raise GhostError(
+                    f"What modules of earlier stages return must have a shape that follows from the shapes and plain"
+                    f" values of their arguments and attributes, but stage {source} saw another one than stage"
+                    f" {self.stage}, which does not run them: pass them what else decides the shape."
+                )
 
     def check(self, path: str, out: Any) -> None:
         for ghost in tensors_in(out, Ghost):

@@ -50,7 +50,8 @@ class Messages:
                 for t in sent
             ]
             tensors += self._notes_for(target)
-            message = Message(record.batch, self.granted, tensors, differentiable=wants)
+            shapes = len(record.shapes) - 1, record.shapes[-1]
+            message = Message(record.batch, self.granted, tensors, differentiable=wants, shapes=shapes)
             self._transport.send(ACTIVATIONS, target, message)
 
     def read_activations(self, record: InFlight) -> None:

@@ -147,6 +147,7 @@ class StageRunner:
             result = self._run(forward)
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
+        forward.check_shapes()
         self.messages.read_activations(record)
         if self.stage == 0:
             wishes, self.messages.wishes = self.messages.wishes, Wish(0)
@@ -174,12 +175,14 @@ class StageRunner:
         record = InFlight(self.num_forwards, step, {})
         forward = self._forward_of(record, keeps_inputs=False)
         try:
-            return self._run(forward)
+            result = self._run(forward)
         finally:
             for source in self._wiring.sources:
                 forward.message(source)
             self.messages.send_activations(record)
             self.num_forwards += 1
+        forward.check_shapes()
+        return result
 
     def request(self, wish: Wish) -> None:
         """Let ``wish`` be granted on all stages after the same batch, soon."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
-from collections.abc import Callable, Container, Iterator, MutableMapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,14 +14,19 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_dgmp.calls import no_backward_hooks
 from lightning_dgmp.ghost import PLAIN, Ghost, looks_of
 from lightning_dgmp.nests import is_same, leaves, map_leaves, marks, replace_leaves, tensors_in
-from lightning_dgmp.operations import GhostMode, noting_reads
-from lightning_dgmp.plan.restore import attributes_saved, is_object_of_user
+from lightning_dgmp.objects import is_object_of_user
+from lightning_dgmp.operations import GhostMode
+from lightning_dgmp.plan.restore import attributes_saved
+from lightning_dgmp.reads import noting_reads
 from lightning_dgmp.replicas import alone
+from lightning_dgmp.stage.isolation import Isolation
 
 __all__ = ["Skips", "remove_ghosts"]
 
 _MAX_TEMPLATES = 10_000
-_INTERNAL = vars(nn.Module()).keys()
+_MAX_ITEMS = 100
+_CONTAINERS = (tuple, list, dict, set, deque)
+_INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}
 
 
 class Skips:
@@ -42,7 +46,7 @@ class Skips:
     ) -> None:
         self._root, self._mode, self._hiding = root, mode, hiding
         self._templates: dict[Any, _Template] = {}
-        self._settings: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
+        self._settings: dict[str, list[tuple[dict[str, Any], int, list[str]]]] = {}
 
     def outputs(
         self, call: Callable[..., Any], path: str, stage: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -55,12 +59,31 @@ class Skips:
         if template is not None:
             return template.fill(inputs, self._mode, origin, stage)
 
-        # What has arrived here for other ends must neither be waited for nor be changed.
-        isolation = _Isolation(self._mode)
-        args, kwargs = isolation.copy(args), isolation.copy(kwargs)
-        real = [t for t in inputs if isinstance(t, Tensor) and not isinstance(t, Ghost)]
-        stand_ins, before_call = leaves((args, kwargs)), marks(real)
         module = self._root.get_submodule(path)
+        # What has arrived here for other ends must neither be waited for nor be changed.
+        isolation = Isolation(self._mode)
+        try:
+            args, kwargs = isolation.copy(args), isolation.copy(kwargs)
+            stand_ins, before_call = leaves((args, kwargs)), marks(isolation.real)
+            out, kept = self._run(call, module, args, kwargs)
+        finally:
+            isolation.end()
+        has_hooks = any(child._forward_hooks for child in module.modules())  # which may keep what they see
+        is_changed = isolation.write_back() or not is_same(before_call, isolation.real)
+        passes_on = isolation.is_in(out, {id(leaf) for leaf in stand_ins})
+        if has_hooks or is_changed or kept or self._mode.has_read_values or passes_on:
+            return isolation.original(out)
+        template = _Template(out, stand_ins)
+        if template.reusable:
+            if len(self._templates) >= _MAX_TEMPLATES:  # as when every batch has another length
+                self._templates.clear()
+            self._templates[key] = template
+        return template.fill(inputs, self._mode, origin, stage)
+
+    def _run(
+        self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, bool]:
+        """What ``call`` returns for ghosts, and whether it leaves anything behind in attributes that has values."""
         restore, before = attributes_saved(module), _real_attributes(module)
         self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
         self._mode.draws_noise = self._mode.has_read_values = False  # what happens inside of the module is its owner's
@@ -77,115 +100,23 @@ class Skips:
             restore()  # ghosts, and the statistics that the owner counts
             self._mode.written_over, self._mode.draws_noise = set(), True
         _keep(module, kept | ghosts)
-        has_hooks = any(child._forward_hooks for child in module.modules())  # which may keep what they see
-        is_changed = isolation.write_back() or not is_same(before_call, real)
-        if has_hooks or is_changed or kept or self._mode.has_read_values or isolation.returns_container(out):
-            return isolation.original(out)
-        template = _Template(out, stand_ins)
-        if template.reusable:
-            if len(self._templates) >= _MAX_TEMPLATES:  # as when every batch has another length
-                self._templates.clear()
-            self._templates[key] = template
-        return template.fill(inputs, self._mode, origin, stage)
+        return out, bool(kept)
 
     def _settings_of(self, path: str) -> tuple[Any, ...]:
-        """The plain attributes of a module and those inside of it, as annealed temperatures and ``training``."""
-        if path not in self._settings:
-            self._settings[path] = [
-                (vars(child), [n for n, v in vars(child).items() if isinstance(v, PLAIN) and _may_change(child, n)])
-                for child in self._root.get_submodule(path).modules()
+        """The attributes of a module and those inside of it that may decide shapes, as ``training`` and sizes."""
+        known = self._settings.get(path, [])
+        if not known or any(len(attributes) != count for attributes, count, _ in known):
+            of_modules = [vars(child) for child in self._root.get_submodule(path).modules()]
+            self._settings[path] = known = [
+                (attributes, len(attributes), [name for name, value in attributes.items() if _may_decide(name, value)])
+                for attributes in of_modules
             ]
-        return tuple(attributes.get(name) for attributes, names in self._settings[path] for name in names)
+        return tuple(_setting(attributes.get(name)) for attributes, _, names in known for name in names)
 
     def realised(self, nest: Any) -> Any:
         """``nest`` with the values of those ghosts that stand for work of other stages."""
         mine = lambda t: isinstance(t, Ghost) and t.bound and t.family is self._mode  # noqa: E731
         return replace_leaves(lambda t: t.received() if mine(t) else t, nest)
-
-
-class _Isolation:
-    """Copies of the containers of a call, with unbound ghosts in the place of bound ones, and the way back."""
-
-    def __init__(self, mode: GhostMode) -> None:
-        self._mode = mode
-        self._containers: list[tuple[Any, Any]] = []
-        self._originals: dict[int, Any] = {}
-        self._alive: list[Any] = []
-
-    def copy(self, nest: Any) -> Any:
-        if isinstance(nest, (list, deque, MutableMapping)):
-            copied = copy.copy(nest)
-            for key, value in list(nest.items() if isinstance(nest, MutableMapping) else enumerate(nest)):
-                copied[key] = self.copy(value)
-            self._containers.append((nest, copied))
-            self._originals[id(copied)] = nest
-            return copied
-        if isinstance(nest, tuple):
-            items = [self.copy(item) for item in nest]
-            if all(a is b for a, b in zip(items, nest)):
-                return nest
-            rebuilt = type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
-        else:
-            rebuilt = map_leaves(self._unbound, nest)
-        if rebuilt is not nest:
-            self._alive.append(rebuilt)
-            self._originals[id(rebuilt)] = nest
-        return rebuilt
-
-    def _unbound(self, leaf: Any) -> Any:
-        if not isinstance(leaf, Ghost) or not leaf.bound:
-            return leaf
-        stand_in = self._mode.again(leaf, leaf.origin, leaf.stage)
-        self._alive.append(stand_in)
-        self._originals[id(stand_in)] = leaf
-        return stand_in
-
-    def original(self, nest: Any) -> Any:
-        """``nest`` with the original containers and tensors in the place of their copies."""
-        if id(nest) in self._originals:
-            return self._originals[id(nest)]
-        if isinstance(nest, tuple):
-            items = [self.original(item) for item in nest]
-            if all(a is b for a, b in zip(items, nest)):
-                return nest
-            return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
-        if isinstance(nest, (list, deque, MutableMapping)):
-            for key, value in list(nest.items() if isinstance(nest, MutableMapping) else enumerate(nest)):
-                nest[key] = self.original(value)
-            return nest
-        return map_leaves(lambda leaf: self._originals.get(id(leaf), leaf), nest)
-
-    def returns_container(self, out: Any) -> bool:
-        """Whether ``out`` is, or holds at its top, a container that was passed in."""
-        return any(
-            id(item) in self._originals
-            for item in (out, *(out if isinstance(out, tuple) else ()))
-            if isinstance(item, (list, deque, MutableMapping))
-        )
-
-    def write_back(self) -> bool:
-        """Make the changes to the copies in the originals too.
-
-        Returns:
-            Whether there are any.
-        """
-        is_changed = False
-        for container, copied in self._containers:
-            if isinstance(container, MutableMapping):
-                content = {key: self.original(value) for key, value in copied.items()}
-                if content.keys() != container.keys() or any(content[key] is not container[key] for key in content):
-                    for key in set(container) - set(content):
-                        del container[key]
-                    for key, value in content.items():
-                        container[key] = value
-                    is_changed = True
-            else:
-                items = [self.original(item) for item in copied]
-                if len(items) != len(container) or any(a is not b for a, b in zip(items, container)):
-                    container.clear()
-                    container.extend(items)
-                    is_changed = True
-        return is_changed
 
 
 class _Template:
@@ -221,9 +152,23 @@ class _Template:
         return map_leaves(one, self.out)
 
 
-def _may_change(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is more than a constant of torch's own modules."""
-    return name == "training" or (name not in _INTERNAL and not type(module).__module__.startswith("torch."))
+def _may_decide(name: str, value: Any) -> bool:
+    """Whether an attribute is neither one of any module nor a part of a library."""
+    is_of_kind = isinstance(value, (Tensor, *PLAIN, *_CONTAINERS)) or is_object_of_user(value)
+    return name == "training" or (name not in _INTERNAL and is_of_kind)
+
+
+def _setting(value: Any, depth: int = 2) -> Any:
+    """A key for the value of an attribute, unless it is a ghost, a part of a library, or long, as data and results."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, _CONTAINERS):
+        return looks_of(value) if len(value) <= _MAX_ITEMS else None
+    if isinstance(value, Tensor):
+        return None if isinstance(value, Ghost) else looks_of(value)
+    if depth and is_object_of_user(value):
+        return tuple((name, _setting(item, depth - 1)) for name, item in vars(value).items())
+    return None
 
 
 def _real_attributes(module: nn.Module) -> dict[tuple[str, str], tuple[Any, list[Any]]]:

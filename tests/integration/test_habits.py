@@ -12,10 +12,18 @@ from lightning.pytorch import Callback
 from lightning_dgmp.stage import skip
 from tests import models
 from tests.habits import HABITS, SPLITS, CheckpointedDropout
-from tests.pool import WorkerPool
+from tests.habits_arguments import HABITS_WITH_ARGUMENTS, ReadsAGlobal
+from tests.pool import Failure, WorkerPool
 from tests.training import Outcome, assert_equal, fit
 
-RERUN = {"CountsInABuffer", "ScalesTheBatch", "AddsInPlace", "UnfreezesWhileInFlight", "DetachesAtFirst"}
+RERUN = {
+    "CountsInABuffer",
+    "ScalesTheBatch",
+    "AddsInPlace",
+    "UnfreezesWhileInFlight",
+    "DetachesAtFirst",
+    "CountsInObjects",
+}
 
 
 def run(pool: WorkerPool, model: Callable[..., Any], num_stages: int, virtual: bool = False, **kwargs: Any) -> Outcome:
@@ -25,12 +33,21 @@ def run(pool: WorkerPool, model: Callable[..., Any], num_stages: int, virtual: b
     return pool.run(fit, devices, model, models.vectors, strategy, devices, **kwargs)[0]
 
 
-@pytest.mark.parametrize(("model", "num_stages"), [(model, 3 if i % 2 else 2) for i, model in enumerate(HABITS)])
+@pytest.mark.parametrize(
+    ("model", "num_stages"),
+    [(model, 3 if i % 2 else 2) for i, model in enumerate(HABITS)] + [(model, 3) for model in HABITS_WITH_ARGUMENTS],
+)
 def test_processes_equal_virtual_stages(pool: WorkerPool, model: Any, num_stages: int) -> None:
     expected = run(pool, model, num_stages, virtual=True)
     assert_equal(run(pool, model, num_stages), expected, 1e-6)
     if model.__name__ in RERUN:
         assert_equal(run(pool, model, num_stages, backward="recompute"), expected, 1e-6)
+
+
+def test_a_shape_that_cannot_be_known_is_an_error_even_where_no_value_arrives(pool: WorkerPool) -> None:
+    results = pool.try_run(fit, 2, ReadsAGlobal, models.vectors, {"num_stages": 2, "split_at": SPLITS[2]}, 2)
+    assert "but stage 0 saw another one than stage 1" in results[0].message
+    assert all(isinstance(result, Failure) for result in results)
 
 
 @pytest.mark.parametrize("backward", ["stash", "recompute"])

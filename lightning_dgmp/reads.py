@@ -1,0 +1,62 @@
+"""What reads values of tensors, so that code may go another way, or shapes may follow, than with other values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from lightning_dgmp.operations import GhostMode
+
+__all__ = ["READS", "is_mask", "noting_reads"]
+
+#: The names of functions and methods that give Python a value.
+READS = frozenset(
+    """
+    item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __format__ __contains__ __str__
+    backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__ apply_ map_ map2_
+    """.split()  # noqa: SIM905
+)
+_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class _NotingReads(TorchFunctionMode):
+    def __init__(self, mode: GhostMode) -> None:
+        self._ghosts = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._ghosts.has_read_values |= getattr(func, "__name__", "") in READS
+        return func(*args, **(kwargs or {}))
+
+
+class _NotingShapes(TorchDispatchMode):
+    """Sees operations whose results have shapes, or are numbers, that depend on values."""
+
+    def __init__(self, mode: GhostMode) -> None:
+        super().__init__()
+        self._ghosts = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            self._ghosts.has_read_values |= any(is_mask(index) for index in args[1])
+        elif func is torch.ops.aten._pack_padded_sequence.default or not _DEPENDS_ON_VALUES.isdisjoint(func.tags):
+            self._ghosts.has_read_values = True
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def noting_reads(mode: GhostMode) -> Iterator[None]:
+    """Note in ``mode.has_read_values`` whether values of real tensors decide what code does, or shapes."""
+    with _NotingReads(mode), _NotingShapes(mode):
+        yield
+
+
+def is_mask(index: Any) -> bool:
+    """Whether an index selects by its values."""
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
