@@ -16,8 +16,9 @@ from torch import nn
 from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.host import LightningModule, MisconfigurationException, Trainer
 from lightning_dgmp.plan.cut import PlanError
-from lightning_dgmp.plan.plan import Plan, StageSummary, make_plan
+from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
+from lightning_dgmp.plan.table import StageSummary
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.simulator import Prediction, StageCost, delayed, predict
 from lightning_dgmp.strategy import DelayedMPStrategy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -148,8 +148,10 @@ def _take(parameter: nn.Parameter, received: Any, optimizers: Sequence[Optimizer
         restore(parameter)
     parameter.copy_(value)
     for optimizer, state in zip(optimizers, states):
-        if state:  # counters stay where the optimizer has them
-            on_device: Callable[[Any], Any] = lambda v, k: (  # noqa: E731
-                v if k == "step" or not isinstance(v, torch.Tensor) else v.to(parameter.device)
-            )
-            optimizer.state[parameter] = {key: on_device(v, key) for key, v in state.items()}
+        if state:
+            optimizer.state[parameter] = {key: _placed(key, value, parameter.device) for key, value in state.items()}
+
+
+def _placed(key: str, value: Any, device: torch.device) -> Any:
+    """Counters stay on the host, where optimizers have them unless they are fused or capturable."""
+    return value.to(device) if isinstance(value, torch.Tensor) and key != "step" else value

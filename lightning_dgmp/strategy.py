@@ -72,8 +72,9 @@ class DelayedMPStrategy(StartingStrategy):
             first by ``1 / d`` (PipeMare).
         correct_updates: Twice the update less the one before it, where gradients are old (one-step correction).
         synchronous_steps: So many steps without delays come first: stages wait for each other.
-        balance: By what cuts make the stages equal: ``"flops"``, a guess from the trace, or ``"measured"``, times of the
-            first iterations; then cuts move at the next flush if that makes the slowest stage faster by more than 5 %.
+        balance: By what cuts make the stages equal: ``"flops"``, a guess from the trace; ``"measured"``, the times of
+            the first iterations, by which cuts move at the next flush if that makes the slowest stage faster by more
+            than 5 %.
         slack: So many batches more than necessary are in flight between neighbours, to hide a link that is slow beside
             a batch; each makes gradients older by as many batches for every stage that follows.
         message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by

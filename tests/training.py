@@ -46,6 +46,7 @@ class Outcome:
         self.global_step = trainer.global_step
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         plan = getattr(trainer.strategy, "_plan", None)
+        self.summaries = [] if plan is None else plan.stages
         self.plan = None if plan is None else str(plan)
         self.stages = {} if plan is None else {name: plan.stage_of(name) for name, _ in module.named_parameters()}
 

@@ -8,18 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from lightning_dgmp.plan.crossing import values_to_send
 from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts, cuts_before
 from lightning_dgmp.plan.record import Trace
+from lightning_dgmp.plan.table import StageSummary, table_of
 from lightning_dgmp.schedule import delays_of
 
 __all__ = ["Event", "Plan", "Transfer", "make_evaluation_plan", "make_plan"]
-
-_MAX_NOTES = 5
 
 
 class Event(NamedTuple):
@@ -39,31 +38,6 @@ class Transfer:
     event: Event
     leaf: int
     nbytes: int
-
-
-@dataclass(frozen=True)
-class StageSummary:
-    """A row of the plan's table.
-
-    Attributes:
-        first_module: Its first module.
-        last_module: Its last module.
-        cost: Of its forward, backward and update, in floating point operations or what takes as long.
-        num_parameters: How many numbers it holds.
-        bytes_sent: To other stages, for one batch.
-        parameter_bytes: Of its parameters.
-        trained_bytes: Of those that are trained.
-        value_bytes: Of all values that depend on parameters and are made in one forward.
-    """
-
-    first_module: str
-    last_module: str
-    cost: float
-    num_parameters: int
-    bytes_sent: int
-    parameter_bytes: int = 0
-    trained_bytes: int = 0
-    value_bytes: int = 0
 
 
 class Plan:
@@ -146,16 +120,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text: one row a stage."""
-        total = sum(stage.cost for stage in self.stages) or 1.0
-        rows = [("stage", "first module", "last module", "compute", "parameters", "sends")]
-        for k, stage in enumerate(self.stages):
-            share = f"{100 * stage.cost / total:.1f} %"
-            sends = _human(stage.bytes_sent, "B") if k < self.num_stages - 1 else "-"
-            rows.append((str(k), stage.first_module, stage.last_module, share, _human(stage.num_parameters, ""), sends))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = ["  ".join(_align(cell, widths[i], i) for i, cell in enumerate(row)).rstrip() for row in rows]
-        notes = [f"shared: {name} on stages {', '.join(map(str, stages))}" for name, stages in self.shared.items()]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *notes[:_MAX_NOTES]])
+        return table_of(self.stages, self.shared)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_stages={self.num_stages})\n{self.table()}"
@@ -394,16 +359,3 @@ def _transfers(
             found.append((seen.time, transfer))
     found.sort(key=lambda item: (item[0], item[1].target))
     return [transfer for _, transfer in found], [time for time, _ in found]
-
-
-def _human(number: float, unit: str) -> str:
-    for prefix in ("", "k", "M", "G"):
-        if number < 1000 or prefix == "G":
-            return f"{number:.3g} {prefix}{unit}".rstrip()
-        number /= 1000
-    raise AssertionError
-
-
-def _align(cell: str, width: int, column: int) -> str:
-    align: Literal["<", ">"] = "<" if column in (1, 2) else ">"
-    return f"{cell:{align}{width}}"

@@ -56,6 +56,7 @@ class Forward:
         receive: Waits for the activations of this batch from a stage.
         record: What is kept of the batch.
         keeps_inputs: Whether the pass is repeated later, so that what has arrived must not change.
+        timing: Around the calls of this stage, by path, if they are measured.
     """
 
     def __init__(
@@ -68,12 +69,13 @@ class Forward:
         receive: Callable[[int], Message],
         record: InFlight,
         keeps_inputs: bool,
+        timing: Callable[[str], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.stage, self.plan, self.wiring, self.skips = stage, plan, wiring, skips
         self.randomness, self.receive, self.record, self.keeps_inputs = randomness, receive, record, keeps_inputs
         self.record.shapes = [0]
         self.occurrences: Counter[str] = Counter()
-        self.timing: Callable[[str], AbstractContextManager[None]] | None = None  # around calls of this stage
+        self.timing = timing
         self.inside = self.done = False
 
     def on_call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

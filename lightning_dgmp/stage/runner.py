@@ -344,10 +344,8 @@ class StageRunner:
     def _forward_of(self, record: InFlight, keeps_inputs: bool) -> Forward:
         randomness = StepRandomness(self.seed, record.batch, self.device)
         receive = partial(self.transport.receive, ACTIVATIONS, batch=record.batch)
-        how = randomness, receive, record, keeps_inputs
-        forward = Forward(self.stage, self.plan, self._wiring, self._skips, *how)
-        forward.timing = self.timing
-        return forward
+        how = randomness, receive, record, keeps_inputs, self.timing
+        return Forward(self.stage, self.plan, self._wiring, self._skips, *how)
 
     def _run(self, forward: Forward) -> Any:
         record = forward.record

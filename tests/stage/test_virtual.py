@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_dgmp.plan.plan import Plan, StageSummary
+from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.plan.table import StageSummary
 from lightning_dgmp.schedule import delayed_schedule, delays_of
 from lightning_dgmp.stage.virtual import GradientQueues
 

@@ -1,0 +1,122 @@
+"""Cuts that move by measured times: nothing is lost, and an imbalance is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_dgmp import DelayedMPStrategy
+from lightning_dgmp.plan.plan import make_plan
+from lightning_dgmp.rebalancing import busy_in
+from lightning_dgmp.timing import Span
+from tests import models, sharing
+from tests.integration.test_monitor import Sleepers
+from tests.pool import WorkerPool
+from tests.training import Outcome, fit
+
+BEFORE, AFTER = ["hidden.1", "hidden.2"], ["hidden.0", "hidden.3"]
+
+
+class Normed(models.ValidatedMLP):
+    """With buffers that move."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)) for _ in range(4))
+
+
+class ValidatedTied(sharing.Tied):
+    pass
+
+
+def fit_and_move(folder: str, model: Any, loader: Any, cuts: list[str] | None, devices: int, **kwargs: Any) -> Outcome:
+    """Train, and let cuts move at the end of an epoch, or go on from there with ``cuts``."""
+    save = ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    num_stages = kwargs.pop("num_stages", 3)
+    starts = kwargs.pop("starts", AFTER)
+    strategy: dict[str, Any] = {"num_stages": num_stages, **kwargs.pop("strategy", {})}
+    strategy |= {"balance": "measured"} if cuts is None else {"split_at": cuts}
+    args = {"make_val_loader": loader, "max_epochs": 3, "enable_checkpointing": True, "callbacks": [save]}
+
+    def better(trace: Any, root: nn.Module, plan: Any, measured: Any, slack: int) -> Any:
+        return make_plan(trace, root, num_stages, starts, slack), 0.1
+
+    with (
+        patch("lightning_dgmp.starting.better_plan", better),
+        patch("lightning_dgmp.starting.busy_in", lambda *_: 1.0),
+    ):
+        return fit(model, loader, strategy, devices, limit_train_batches=10, **args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model", "loader", "args"),
+    [
+        (models.ValidatedMLP, models.vectors, {"module_args": {"optimizer": "momentum"}}),
+        (Normed, models.vectors, {"module_args": {"optimizer": "adamw"}, "gradient_clip_val": 0.3}),
+        (Normed, models.vectors, {"devices": 6, "module_args": {"optimizer": "adamw"}}),
+        (models.ValidatedMLP, models.vectors, {"strategy": {"slack": 1, "correct_updates": True}}),
+        (models.ValidatedMLP, models.vectors, {"strategy": {"backward": "recompute"}, "accumulate_grad_batches": 5}),
+        (ValidatedTied, models.ragged_tokens, {"starts": ["gpt.blocks.1", "gpt.blocks.3"],
+                                               "module_args": {"optimizer": "adamw"}}),
+    ],
+)  # fmt: skip
+def test_going_on_is_beginning_with_the_new_cuts(
+    pool: WorkerPool, tmp_path: Path, model: Any, loader: Any, args: dict[str, Any]
+) -> None:
+    args, devices = dict(args), args.get("devices", 3)
+    args.pop("devices", None)
+    moved = pool.run(fit_and_move, devices, str(tmp_path / "a"), model, loader, None, devices, **args)
+    starts = args.get("starts", AFTER)
+    for outcome in moved:
+        assert [stage.first_module for stage in outcome.summaries[1:]] == starts
+    path = str(tmp_path / "a" / "epoch=0.ckpt")
+    again = (str(tmp_path / "b"), model, loader, starts, devices)
+    resumed = pool.run(fit_and_move, devices, *again, ckpt_path=path, **args)
+    for ours, theirs in zip(moved, resumed):
+        for name, value in theirs.state.items():
+            torch.testing.assert_close(ours.state[name], value, rtol=0, atol=0)
+
+
+def fit_unequal(seconds: tuple[float, ...], **kwargs: Any) -> Outcome:
+    args = {"make_val_loader": models.vectors, "val_check_interval": 22, "limit_val_batches": 1}
+    strategy = {"num_stages": 3, "balance": "measured"}
+    return fit(lambda: ValidatedSleepers(seconds), models.vectors, strategy, 3, **args, **kwargs)
+
+
+class ValidatedSleepers(Sleepers):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+
+def test_measured_times_remove_an_imbalance(pool: WorkerPool) -> None:
+    """The last two of six layers are four times as slow: two for each stage become four, one and one."""
+    outcome = pool.run(fit_unequal, 3, (0.004, 0.004, 0.004, 0.004, 0.016, 0.016))[0]
+    assert [stage.first_module for stage in outcome.summaries] == ["layers.0", "layers.4", "layers.5"]
+
+
+def test_equal_stages_stay(pool: WorkerPool) -> None:
+    outcome = pool.run(fit_unequal, 3, (0.01,) * 6)[0]
+    assert [stage.first_module for stage in outcome.summaries] == ["layers.0", "layers.2", "layers.4"]
+
+
+def test_what_counts_as_busy() -> None:
+    spans = [Span("forward", b, 10 * b, 10 * b + 4) for b in range(20)]
+    spans += [Span("wait_activation", b, 10 * b, 10 * b + 1) for b in range(20)]
+    spans += [Span("backward", b, 10 * b + 4, 10 * b + 8) for b in range(20)]
+    spans += [Span("wait_data", b, 10 * b + 8, 10 * b + 9) for b in range(20)]
+    assert busy_in(spans, 5) == pytest.approx(7)
+    assert busy_in(spans, 15) is None
+
+
+@pytest.mark.parametrize("other", [{"virtual": True}, {"split_at": ["hidden.1"]}])
+def test_what_does_not_go_together(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`balance='measured'` moves cuts by measured times, but"):
+        DelayedMPStrategy(2, balance="measured", **other)
+    with pytest.raises(ValueError, match="`balance` must be 'flops' or 'measured', but is 'best'"):
+        DelayedMPStrategy(2, balance="best")  # type: ignore[arg-type]
