@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -202,9 +203,7 @@ def test_run_needs_no_import(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_dgmp", "run", str(script), "--epochs", "1"]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if "rank" in line) == [
-        f"rank {rank} of 2 made 34 steps" for rank in range(2)
-    ]
+    assert sorted(re.findall(r"rank (\d) of 2 made 34 steps", done.stdout)) == ["0", "1"]  # lines may run into another
 
 
 def test_run_leaves_errors_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
