@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_dgmp.host import LightningModule, MisconfigurationException, is_overridden
 
@@ -67,7 +68,7 @@ def clip_by_total_norm(
         What undoes it.
     """
     totals: list[Tensor] = []  # of the gradients as they are now, of each part
-    refusals: dict[int, tuple[Tensor, str]] = {}  # norms that are no totals, and why nothing can be clipped by them
+    refusals = WeakTensorKeyDictionary()  # norms that are no totals, and why nothing can be clipped by them
 
     def total_norm(
         tensors: Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, *args: Any, **kwargs: Any
@@ -79,17 +80,16 @@ def clip_by_total_norm(
         is_whole = all(id(p.grad) in given for part in known for p in part.parameters if p.grad is not None)
         if refusal := _refusal(bool(known), float(norm_type), is_whole):
             norm = measure(tensors, norm_type, error_if_nonfinite, *args, **kwargs)
-            refusals[id(norm)] = norm, refusal
+            refusals[norm] = refusal
             return norm  # type: ignore[no-any-return]
-        refusals.clear()
         totals[:] = [part.total_norm() for part in known]
         if error_if_nonfinite and not all(norm.isfinite() for norm in totals):
             raise RuntimeError("The norm of all gradients is not finite, so they cannot be clipped.")
         return totals[-1]
 
     def clip_with_norm(parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **kwargs: Any) -> None:
-        if id(total_norm) in refusals:
-            raise MisconfigurationException(refusals[id(total_norm)][1])
+        if isinstance(total_norm, Tensor) and total_norm in refusals:
+            raise MisconfigurationException(refusals[total_norm])
         if not any(total_norm is norm for norm in totals):
             clip(parameters, max_norm, total_norm, *args, **kwargs)
             return

@@ -10,6 +10,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -186,6 +187,13 @@ def own_loader(loader: Any) -> Any:
     return loader
 
 
+def _is_of_a_loop(frame: FrameType | None) -> bool:
+    """Whether code is called by a data fetcher of Lightning, through a ``CombinedLoader``."""
+    while frame is not None and frame.f_globals.get("__name__", "").endswith(".utilities.combined_loader"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").endswith(".loops.fetchers")
+
+
 class _SharedLoader:
     """Stands for a loader: the same attributes, the batches of stage 0."""
 
@@ -198,7 +206,7 @@ class _SharedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Of Lightning's loops all stages ask for the same batches; who else asks may be alone, as a callback is."""
-        if not sys._getframe(1).f_globals.get("__name__", "").endswith(".utilities.combined_loader"):
+        if not _is_of_a_loop(sys._getframe(1)):
             return iter(self._loader)
         return self._feed.batches(self._loader, self._key)
 

@@ -135,6 +135,8 @@ class EvaluatingStrategy(SavingStrategy):
         if self._feed is not None and not self._evaluation.has_run(key):
             args = self._feed.read(args)  # for the trace, which runs everything
         result = self._evaluation.run(key, step)
+        if self.stage == self.num_stages - 1:
+            self.learned.after_step()
         if reads_outputs(name, module):
             result = self.share_of_last_stage(result, f"the output of `{name}`")
         return result

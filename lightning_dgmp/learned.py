@@ -6,7 +6,7 @@ over the others get what it left, so that ``on_validation_epoch_end`` and the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import numpy
@@ -21,6 +21,8 @@ from lightning_dgmp.objects import is_object_of_user
 __all__ = ["Learned"]
 
 _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), numpy.ndarray, numpy.generic)
+_OF_MODULES, _OF_LIGHTNING = frozenset(vars(nn.Module())), frozenset(vars(LightningModule()))
+_NOTHING = object()
 _Key = tuple[str, str, str]
 _Attributes = dict[_Key, Any]
 
@@ -46,6 +48,8 @@ class Learned:
         self._marks = {key: marks(value) for key, value in self._attributes()}
         self._changed: set[_Key] = set()  # before the marks were made
         self._begins, self._has_stepped = True, False
+        self._before: dict[_Key, Any] = {}  # the newest step
+        self._watched: list[tuple[str, nn.Module]] = []
 
     def begin(self) -> None:
         """Let what the next steps change be told from what hooks, which all stages run, have done before them."""
@@ -58,7 +62,18 @@ class Learned:
             if self._has_stepped:
                 self._changed |= {key for key, value in now.items() if not is_same(self._marks.get(key), value)}
             self._marks = {key: marks(value) for key, value in now.items()}
+            self._watched = self._modules()
         self._begins, self._has_stepped = False, True
+        self._before = self._glance()
+
+    def after_step(self) -> None:
+        """After a step on the last stage: hooks may set back what it has changed."""
+        after = self._glance()
+        self._changed |= {key for key, seen in after.items() if self._before.get(key, _NOTHING) != seen}
+
+    def _glance(self) -> dict[_Key, Any]:
+        """What shows most changes quickly: numbers and texts, the lengths of containers, versions of tensors."""
+        return {key: _look(value) for key, value in self._candidates(self._watched)}
 
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
@@ -96,17 +111,28 @@ class Learned:
         self._begins, self._has_stepped = True, False
         return changed
 
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        modules = self._module.named_modules()
+        return [(path, m) for path, m in modules if not path or isinstance(m, (Metric, MetricCollection))]
+
     def _attributes(self) -> Iterator[tuple[_Key, Any]]:
-        internal = vars(LightningModule()).keys()
-        for path, module in self._module.named_modules():
-            if path and not isinstance(module, (Metric, MetricCollection)):
-                continue
-            skip = vars(nn.Module()).keys() if path else internal
+        return ((key, realised(item)) for key, item in self._candidates(self._modules()) if _is_plain(item))
+
+    def _candidates(self, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[_Key, Any]]:
+        for path, module in modules:
+            skip = _OF_MODULES if path else _OF_LIGHTNING
             for name, value in vars(module).items():
-                if name in skip:
-                    continue
-                inside = vars(value).items() if is_object_of_user(value) else [("", value)]
-                yield from (((path, name, inner), realised(item)) for inner, item in inside if _is_plain(item))
+                if name not in skip:
+                    inside = vars(value).items() if is_object_of_user(value) else (("", value),)
+                    yield from (((path, name, inner), item) for inner, item in inside)
+
+
+def _look(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return id(value), None if value.is_inference() else value._version
+    if isinstance(value, (int, float, complex, str, bytes, type(None))):
+        return type(value), repr(value) if isinstance(value, float) else value  # a NaN is itself
+    return id(value), len(value) if isinstance(value, Sized) else 0
 
 
 def _is_plain_set(value: Any) -> bool:

@@ -111,13 +111,24 @@ def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
 
 def marks(value: Any) -> list[Any]:
     """What tells whether ``value`` is still the same, without keeping its tensors."""
-    return [_mark(leaf) for leaf in leaves(value)]
+    return [_keys(value), *map(_mark, leaves(value))]
 
 
 def is_same(before: list[Any] | None, value: Any) -> bool:
     """Whether ``value`` is as it was when its :func:`marks` were ``before``."""
     items = leaves(value)
-    return before is not None and len(before) == len(items) and all(map(_is_same_leaf, before, items))
+    if before is None or len(before) != len(items) + 1 or before[0] != _keys(value):
+        return False
+    return all(map(_is_same_leaf, before[1:], items))
+
+
+def _keys(value: Any) -> Any:
+    """Those of the mappings in a nest."""
+    if isinstance(value, MutableMapping):
+        return [(key, _keys(item)) for key, item in value.items()]
+    if isinstance(value, (list, tuple, deque)) and not all(isinstance(item, _LEAVES) for item in value):
+        return [_keys(item) for item in value]
+    return None
 
 
 class _TensorMark(NamedTuple):

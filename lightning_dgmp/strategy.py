@@ -213,6 +213,7 @@ class DelayedMPStrategy(StartingStrategy):
             result = runner.forward(step)
         if not runner.is_last:
             return runner.absent_loss
+        self.learned.after_step()
         if result is None:
             raise MisconfigurationException(
                 "`training_step` must return a loss on every batch, but it returned None. The stages work on several"

@@ -103,6 +103,7 @@ class StageRunner:
         self._shared_buffers: list[dict[str, Any]] = [entries for owner, entries in owners if owner is None]
         self._toggled = [(root.get_submodule(path).__dict__, name) for path, name in plan.toggled]
         self._forward: Forward | None = None
+        self._have_trained: set[str] = set()  # what an optimizer may still have gradients of
         self._is_backward = False
         self.has_run_backward = False  # in this iteration
         self._is_noted = False  # whether the norm of the gradients that are there is known
@@ -126,8 +127,9 @@ class StageRunner:
             return {}
         copies: Mapping[str, nn.Parameter] = {} if self.messages.shared is None else self.messages.shared.copies
         predicted = {} if self.updates is None else self.updates.predicted(self.own)
+        self._have_trained |= {name for name, p in self.own.items() if p.requires_grad}
         others = {name: p for name, p in self.own.items() if name not in predicted} if self.delay > 0 else {}
-        weights = take_snapshot(others) | predicted
+        weights = take_snapshot(others, self._have_trained) | predicted
         return weights | {name: as_leaf(weights.get(name, copy)) for name, copy in copies.items()}
 
     def forward(self, step: Callable[[], Any]) -> Any:
@@ -303,10 +305,7 @@ class StageRunner:
         return True
 
     def end_flush(self) -> None:
-        """Let the last stage know all notes, for a checkpoint, and wait until the neighbours have flushed too.
-
-        What comes next may be a collective, which knows no reasons.
-        """
+        """Let the last stage know all notes, for a checkpoint, and wait for neighbours: a collective may come next."""
         self.messages.pass_notes_on(self.num_forwards)
         if self.messages.notes is not None and self.is_last:
             self.messages.notes.settle()

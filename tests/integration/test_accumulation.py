@@ -104,3 +104,24 @@ def test_a_parameter_is_frozen_between_two_batches_of_an_update(pool: WorkerPool
     args: dict[str, Any] = {"accumulate_grad_batches": 2}
     expected = pool.run(fit, 1, FreezesInBetween, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
     assert_equal(pool.run(fit, 3, FreezesInBetween, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
+class FreezesMatrices(models.MLP):
+    """Once, or now and then: a backward of a batch in flight needs the matrix as it was."""
+
+    def __init__(self, period: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.period = period
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for layer in (self.hidden[0], self.hidden[2]):
+            layer.requires_grad_(batch_idx < 11 if self.period == 0 else batch_idx % self.period > 0)
+
+
+@pytest.mark.parametrize("backward", ["stash", "recompute"])
+@pytest.mark.parametrize(("period", "accumulate"), [(0, 2), (0, 3), (2, 1), (2, 3), (3, 2)])
+def test_matrices_that_are_frozen_now_and_then(pool: WorkerPool, period: int, accumulate: int, backward: str) -> None:
+    args: dict[str, Any] = {"accumulate_grad_batches": accumulate, "module_args": {"period": period}}
+    expected = pool.run(fit, 1, FreezesMatrices, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    strategy = {"num_stages": 3, "backward": backward}
+    assert_equal(pool.run(fit, 3, FreezesMatrices, models.vectors, strategy, 3, **args)[0], expected, 1e-7)

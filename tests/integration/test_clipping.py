@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+from lightning_dgmp.clipping import clip_by_total_norm
 from tests import models
 from tests.pool import Failure, WorkerPool
 from tests.reference import train_by_hand
@@ -216,3 +220,17 @@ def test_clipping_a_part_is_refused(pool: WorkerPool) -> None:
     results = pool.try_run(fit, 2, ClipsByHook, models.vectors, {"num_stages": 2}, 2, **args)
     assert all(isinstance(result, Failure) for result in results)
     assert all("clips by the norm of all gradients" in result.message for result in results)
+
+
+def test_norms_that_nobody_keeps_are_forgotten() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    undo = clip_by_total_norm(list, lambda: [parameter.grad])
+    try:
+        kept = get_total_norm([parameter.grad])
+        with pytest.raises(MisconfigurationException, match="clips by the norm of all gradients"):
+            clip_grads_with_norm_([parameter], 1.0, kept)
+        gone = weakref.ref(get_total_norm([parameter.grad]))
+        assert gone() is None
+    finally:
+        undo()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dgmp import DelayedMPStrategy
@@ -48,6 +49,33 @@ def test_a_callback_may_iterate_alone(pool: WorkerPool) -> None:
     assert sizes == [8, *([8] * 6 + [4]) * 2]  # the sanity check, and of each epoch a validation and all of training
     assert others == []
     assert_equal(outcome, pool.run(fit_and_look, 2, False)[0][0], 0.0)
+
+
+class LooksAtItsOwn(Callback):
+    """Iterates over a ``CombinedLoader`` that it keeps, on rank 0 alone, while Lightning uses it too."""
+
+    def __init__(self, loader: CombinedLoader) -> None:
+        self.loader, self.count = loader, 0
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            self.count += sum(1 for _ in self.loader)
+
+
+class TakesTwo(models.MLP):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch["a"]) + self.loss(batch["b"])
+
+
+def fit_combined() -> int:
+    loader = CombinedLoader({"a": shuffled(), "b": models.vectors()}, "min_size")
+    looks = LooksAtItsOwn(loader)
+    fit(TakesTwo, lambda: loader, {"num_stages": 2}, 2, callbacks=[looks], max_epochs=2)
+    return looks.count
+
+
+def test_a_callback_may_iterate_over_what_lightning_uses(pool: WorkerPool) -> None:
+    assert pool.run(fit_combined, 2, timeout=60) == [12, 0]
 
 
 class Positioned(IterableDataset[Any]):

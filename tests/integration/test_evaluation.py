@@ -287,6 +287,37 @@ def test_what_steps_count_is_known_whatever_hooks_set_back(pool: WorkerPool) -> 
         assert own == pytest.approx(metrics)
 
 
+class SetsBackWithin(models.ValidatedMLP):
+    """Hooks of batches set back what steps count, and it comes to the same again; of a dict only the key changes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.count, self.seen = 0, {"": 1}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.count += 1
+        self.seen = {f"epoch {self.current_epoch}": 1}
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.fit_loop.total_batch_idx % 3 == 2:
+            self.count = 0
+
+    def on_validation_epoch_end(self) -> None:
+        for group in self.optimizers().param_groups:  # type: ignore[union-attr]
+            group["lr"] = 0.01 * (1 + self.count)
+        assert f"epoch {self.current_epoch}" in self.seen
+
+
+@pytest.mark.parametrize("interval", [3, 4])
+def test_what_steps_count_between_hooks_of_batches(pool: WorkerPool, interval: int) -> None:
+    args: dict[str, Any] = {"max_epochs": 2, "make_val_loader": models.vectors, "val_check_interval": interval}
+    args |= {"limit_train_batches": 8, "num_sanity_val_steps": 0}
+    virtual = {"num_stages": 3, "virtual": True}
+    expected = pool.run(fit, 1, SetsBackWithin, models.vectors, virtual, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, SetsBackWithin, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
+
+
 class MetricsInADict(models.ValidatedMLP):
     """What is not carried to other stages, but logged."""
 
