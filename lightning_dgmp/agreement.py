@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_dgmp.host import MisconfigurationException
-from lightning_dgmp.nests import Form
 from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.world import PeerError, World
 
-__all__ = ["agree_on_model", "agree_on_plan"]
+__all__ = ["agree_on_model", "agree_on_plan", "not_synchronised", "put_buffers"]
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # as DDP calls it
 
 
 def agree_on_model(module: nn.Module, world: World) -> None:
     """Give every process the parameters and buffers of rank 0, as DDP does.
 
+    Buffers may differ in shape, or be missing: an evaluation makes those that modules cache on some ranks alone.
+
     Raises:
-        MisconfigurationException: If their names, shapes or dtypes differ.
+        MisconfigurationException: If names, shapes or dtypes of parameters differ.
     """
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    mine = {name: f"a {tuple(tensor.shape)} {tensor.dtype} tensor" for name, tensor in tensors.items()}
+    parameters = dict(module.named_parameters())
+    mine = {name: f"a {tuple(tensor.shape)} {tensor.dtype} tensor" for name, tensor in parameters.items()}
     theirs = world.all_gather(mine if world.rank == 0 else None, "the model of rank 0")[0]
     for difference in world.all_gather(_difference(mine, theirs, world.rank), "the comparison of models"):
         if difference is not None:
@@ -33,13 +37,29 @@ def agree_on_model(module: nn.Module, world: World) -> None:
                 f"All processes must make the same model, but {difference}. Make it independent of the rank."
             )
     for name in theirs:
-        if tensors[name].layout == torch.strided:
-            _broadcast(tensors[name], world)
-    for entries in (m._buffers for m in module.modules()):
-        for name, buffer in entries.items():
-            if buffer is not None and buffer.layout != torch.strided:
-                shared = world.share(buffer, "the buffers of rank 0", range(world.size), 0, buffer.device)
-                entries[name] = shared.to(buffer.device)
+        _broadcast(parameters[name], world)
+    buffers = {path: m._buffers for path, m in module.named_modules() if m._buffers}
+    device = next((p.device for p in parameters.values()), torch.device("cpu"))
+    shared = world.share(buffers, "the buffers of rank 0", range(world.size), 0, device)
+    if world.rank != 0:
+        for path, entries in shared.items():
+            put_buffers(module.get_submodule(path)._buffers, entries)
+
+
+def put_buffers(mine: dict[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> None:
+    """Give the buffers of a module the values of another process: in place, or in the place of those that differ."""
+    for name, value in theirs.items():
+        buffer = mine.get(name)
+        if buffer is not None and value is not None and _can_take(buffer, value):
+            buffer.data.copy_(value)
+        else:
+            mine[name] = value
+
+
+def _can_take(buffer: Tensor, value: Tensor) -> bool:
+    if not buffer.layout == value.layout == torch.strided or buffer.dtype != value.dtype or buffer.shape != value.shape:
+        return False
+    return all(stride > 0 or n <= 1 for stride, n in zip(buffer.stride(), buffer.shape))  # or it overlaps itself
 
 
 def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], rank: int) -> str | None:
@@ -50,15 +70,29 @@ def _difference(mine: Mapping[str, str], theirs: Mapping[str, str], rank: int) -
 
 
 @torch.no_grad()
-def _broadcast(tensor: Tensor, world: World) -> None:
-    dense = tensor.detach().contiguous()
+def _broadcast(parameter: Tensor, world: World) -> None:
+    dense = parameter.detach().contiguous()
     if not dense.numel():
         return
     group = world.group if dense.device.type == "cpu" else None
     work = dist.broadcast(dense.view(-1).view(torch.uint8), 0, group, async_op=True)  # of any dtype
     world.wait(work, "the weights of rank 0")
-    if dense.data_ptr() != tensor.data_ptr():
-        tensor.data = Form(tensor).lay_out(dense)
+    if dense.data_ptr() != parameter.data_ptr():
+        parameter.copy_(dense)
+
+
+@contextmanager
+def not_synchronised(module: nn.Module) -> Iterator[None]:
+    """Let Lightning's DDP leave the parameters and buffers of ``module`` as they are."""
+    names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    before = module.__dict__.get(_IGNORED)
+    module.__dict__[_IGNORED] = names
+    try:
+        yield
+    finally:
+        del module.__dict__[_IGNORED]
+        if before is not None:
+            module.__dict__[_IGNORED] = before
 
 
 def agree_on_plan(make_plan: Callable[[], Plan], world: World, ranks: Sequence[int]) -> Plan:

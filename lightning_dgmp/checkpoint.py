@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_dgmp.agreement import put_buffers
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.host import MisconfigurationException
 from lightning_dgmp.plan.plan import Plan
@@ -88,22 +89,16 @@ class WeightShards:
     def _share_buffers(self, stage: int) -> None:
         """Give every process the buffers of ``stage``, whose shapes may have changed; the last has those of no one."""
         owned = {
-            (path, name): buffer
+            path: module._buffers
             for path, module in self._root.named_modules()
-            if self._owner_of_buffers(path) == stage
-            for name, buffer in module._buffers.items()
+            if module._buffers and self._owner_of_buffers(path) == stage
         }
         device = next((b.device for b in self._root.buffers()), torch.device("cpu"))
         shared = self._world.share(owned, "the collecting of buffers", self._ranks, self._ranks[stage], device)
         if stage == self._stage:
             return
-        for (path, name), value in shared.items():
-            buffers = self._root.get_submodule(path)._buffers
-            mine = buffers.get(name)
-            if mine is not None and value is not None and _can_take(mine, value):
-                mine.data.copy_(value)
-            else:
-                buffers[name] = value
+        for path, entries in shared.items():
+            put_buffers(self._root.get_submodule(path)._buffers, entries)
 
     def _broadcast(self, tensor: Tensor, owner: int) -> None:
         dense = tensor.contiguous()
@@ -191,8 +186,3 @@ class OptimizerShards:
         groups = [{**group, "params": [next(indices) for _ in group["params"]]} for group in own["param_groups"]]
         numbered = {i: states[name] for i, name in enumerate(order) if name in states}
         return {**own, "state": numbered, "param_groups": groups}
-
-
-def _can_take(buffer: Tensor, value: Tensor) -> bool:
-    overlaps = buffer.layout == torch.strided and any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape))
-    return buffer.shape == value.shape and buffer.dtype == value.dtype and not overlaps

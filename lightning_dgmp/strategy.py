@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgmp.agreement import agree_on_model
+from lightning_dgmp.agreement import agree_on_model, not_synchronised
 from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.clipping import after_clipping
 from lightning_dgmp.flush import flush_batches
@@ -139,7 +139,15 @@ class DelayedMPStrategy(StartingStrategy):
                 assert self._world is not None
                 assert self._feed is not None
                 self.signals = Signals(trainer, self, self._feed, self._world.flag())
-        super().setup(trainer)
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        if self.num_stages == 1 or is_fitting or not (self._is_pipeline or self.world_size == 1):
+            super().setup(trainer)
+            return
+        assert self.lightning_module is not None
+        with not_synchronised(self.lightning_module):  # as DDP does: buffers that modules cache may differ
+            super().setup(trainer)
+        if self._world is not None:
+            agree_on_model(self.lightning_module, self._world)
 
     @override
     def configure_ddp(self) -> None:

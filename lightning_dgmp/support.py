@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -107,6 +108,12 @@ def check_supported(
                 f"{strategy} needs to know the shapes of all parameters, but `{name}` is not initialized. Run the lazy"
                 " modules once on an example, as in `configure_model` or `__init__`."
             )
+    if (tied := _tied_by_storage(module)) is not None and not virtual:
+        raise MisconfigurationException(
+            f"{strategy} finds parameters that modules share by their identity, but `{tied[0]}` and `{tied[1]}` are two"
+            " that lie in one storage. Assign the parameter itself, as in `head.weight = embedding.weight`; for a part"
+            " or a transpose of one use it in `forward`."
+        )
     for name, child in module.named_modules():
         if not virtual and isinstance(child, torch.jit.ScriptModule):
             raise MisconfigurationException(
@@ -158,3 +165,18 @@ def _argument_names(function: object) -> tuple[str, ...]:
     import inspect
 
     return tuple(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+def _tied_by_storage(module: LightningModule) -> tuple[str, str] | None:
+    """Two different parameters, or one and a buffer, that have memory in common, if there are any."""
+    places: list[tuple[int, int, int, str, bool]] = []  # begin, number, end, name, whether it is trained
+    for i, (name, tensor) in enumerate([*module.named_parameters(), *module.named_buffers()]):
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
+            begin = tensor.data_ptr()
+            extent = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+            places.append((begin, i, begin + (extent + 1) * tensor.itemsize, name, tensor.requires_grad))
+    places.sort()
+    for (*_, end, name, is_trained), (begin, _, _, other, is_other_trained) in pairwise(places):
+        if begin < end and (is_trained or is_other_trained):
+            return name, other
+    return None

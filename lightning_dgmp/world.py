@@ -122,7 +122,7 @@ class World:
 
         def send() -> None:
             for tensor in full:
-                dist.send(tensor.detach().cpu().contiguous(), rank, self.group)
+                dist.send(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous(), rank, self.group)
 
         if full:
             self.wait(_Blocking(send), what)

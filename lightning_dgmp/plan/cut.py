@@ -104,6 +104,13 @@ class Cuts:
         uses = (use for op in self.trace.calls[call].ops for use in self._uses[op])
         return min((self._unit_of[use] for use in uses), default=None)
 
+    def begins_inside(self, unit: int, call: int) -> bool:
+        """Whether a unit is used first inside of ``call``."""
+        inner = self.units[unit].call
+        while inner >= 0 and inner != call:
+            inner = self.trace.calls[inner].parent
+        return inner == call
+
     def _used_again(self) -> dict[str, int]:
         """The parameters that are used after later ones, and the first operation that does so."""
         _, unit_of = _units(self.trace, self._uses)
@@ -260,6 +267,14 @@ def cuts_before(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[str
         if position is None:
             raise PlanError(
                 f"`split_at` must name modules with parameters, but `{path}` has none. Name the module after it."
+            )
+        if not cuts.begins_inside(position, call):
+            together = ", ".join(f"`{name}`" for name in cuts.units[position].parameters)
+            where = cuts.units[position].call
+            earlier = cuts.trace.calls[where].path if where >= 0 else "training_step"
+            raise PlanError(
+                f"`split_at` names `{path}`, but the step cannot be cut there: it uses {together} together with"
+                f" `{earlier}`, which comes right before it. Name another module."
             )
         if position == 0:
             raise PlanError(

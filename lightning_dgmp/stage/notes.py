@@ -94,11 +94,12 @@ class VirtualNotes:
         self._delays = delays
         self._told = deque([squares] * (delays[0] + 1), delays[0] + 1)  # with errors, by iteration, the newest last
         self._is_synchronous = False
+        self._num_in_flight: int | None = None  # on the first stage, at the beginning of a flush
         self._clipped: dict[int, Tensor] = {}  # by what gradients of a stage were multiplied since they were noted
 
-    def begin(self) -> None:
-        """Before an iteration, and before a flush: activations travel."""
-        self._earlier = self.squares
+    def begin(self, num_in_flight: int | None = None) -> None:
+        """Before an iteration, and before a flush of so many batches: activations travel."""
+        self._earlier, self._num_in_flight = self.squares, num_in_flight
 
     def note(
         self, gradients: Sequence[Sequence[Tensor]], had_backward: Sequence[bool], is_synchronous: bool = False
@@ -115,7 +116,9 @@ class VirtualNotes:
 
     def total_norm(self, stage: int) -> Tensor:
         """The norm of the gradients of all stages, as far as ``stage`` knows."""
-        ages = [0 if self._is_synchronous else self._delays[stage] - delay for delay in self._delays[stage + 1 :]]
+        most = self._delays[0] if self._num_in_flight is None else self._num_in_flight
+        mine, *others = (min(most, delay) for delay in self._delays[stage:])  # a flush may find fewer batches
+        ages = [0 if self._is_synchronous else mine - delay for delay in others]
         later = [self._told[-1 - age][j : j + 1] for j, age in enumerate(ages, stage + 1)]
         squares = torch.cat((self._earlier[:stage], self.squares[stage : stage + 1], *later))
         return squares.sum().sqrt() * self._clipped.get(stage, 1.0)

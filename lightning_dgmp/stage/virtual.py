@@ -110,7 +110,7 @@ class VirtualStages:
         """Returns whether there is anything to flush."""
         has_run, self._has_run = self._has_run, False
         if has_run:
-            self._begin()
+            self._begin(self.num_in_flight)
         return has_run
 
     def drain(self, is_open: bool, is_step: bool) -> None:
@@ -129,10 +129,10 @@ class VirtualStages:
             self._scaler.begin()
             self._scaler.settle()
 
-    def _begin(self) -> None:
-        """What travels with activations arrives."""
+    def _begin(self, num_in_flight: int | None = None) -> None:
+        """What travels with activations arrives; a flush says of how many batches it is."""
         if self._notes is not None:
-            self._notes.begin()
+            self._notes.begin(num_in_flight)
         if self._scaler is not None:
             self._scaler.begin()
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dgmp import DelayedMPStrategy
 from tests import models, sharing
 from tests.pool import WorkerPool
 from tests.training import fit
@@ -87,3 +88,64 @@ def test_models_that_differ(pool: WorkerPool, module: Any, text: str) -> None:
     for failure in pool.try_run(fit, 3, module, models.vectors, {"num_stages": 3}, 3):
         assert failure.message.startswith("All processes must make the same model, but " + text)
         assert "independent of the rank" in failure.message
+
+
+class CachesAMask(models.MLP):
+    """A layer keeps a mask that it makes in its forward, as long as it has been needed so far."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+            self.register_buffer("mask", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mask is None or len(self.mask) < len(x):
+                self.mask = torch.ones(len(x), 1)
+            return self.linear(x) * self.mask[: len(x)]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden = nn.ModuleList(CachesAMask.Layer() for _ in range(4))
+        self.register_buffer("repeated", torch.randn(8, 1).expand(8, 4))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+
+def evaluate_and_fit(strategy: dict[str, Any], devices: int) -> list[float]:
+    """With batches of many sizes, in an order that no fit determines."""
+    torch.manual_seed(7)
+    module, losses = CachesAMask(), []
+    for what, size in (
+        ("validate", 5),
+        ("fit", 3),
+        ("test", 11),
+        ("validate", 7),
+        ("fit", 4),
+        ("predict", 13),
+        ("fit", 2),
+    ):
+        trainer = Trainer(accelerator="cpu", devices=devices, strategy=DelayedMPStrategy(**strategy), max_epochs=1,
+                          logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                          enable_model_summary=False, limit_val_batches=3)  # fmt: skip
+        loader = models.vectors(30, size)
+        if what == "fit":
+            trainer.fit(module, loader, models.vectors(30, size + 4))
+        else:
+            getattr(trainer, what)(module, loader)
+        losses += [float(value) for value in trainer.callback_metrics.values()]
+    return losses
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_buffers_that_are_made_where_they_are_needed(pool: WorkerPool, num_stages: int) -> None:
+    expected = pool.run(evaluate_and_fit, 1, {"num_stages": num_stages, "virtual": True}, 1)[0]
+    for losses in pool.run(evaluate_and_fit, num_stages, {"num_stages": num_stages}, num_stages):
+        assert losses == pytest.approx(expected, rel=1e-5)
+    assert len(expected) >= 5

@@ -234,3 +234,15 @@ def test_norms_that_nobody_keeps_are_forgotten() -> None:
         assert gone() is None
     finally:
         undo()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+@pytest.mark.parametrize("num_stages", [3, 4])
+def test_flushes_of_fewer_batches_than_stages(pool: WorkerPool, num_stages: int, limit: int) -> None:
+    args: dict[str, Any] = {"gradient_clip_val": MAX_NORM, "max_epochs": 21 // limit, "limit_train_batches": limit}
+    args |= {"make_val_loader": models.vectors, "limit_val_batches": 1, "module_args": {"optimizer": "momentum"}}
+    virtual = {"num_stages": num_stages, "virtual": True}
+    expected = pool.run(fit, 1, models.ValidatedMLP, models.vectors, virtual, 1, **args)[0]
+    strategy = {"num_stages": num_stages}
+    ours = pool.run(fit, num_stages, models.ValidatedMLP, models.vectors, strategy, num_stages, **args)[0]
+    assert_equal(ours, expected, 1e-6)
