@@ -47,6 +47,7 @@ def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[
         and not any(isinstance(callback, DelayedMPMonitor) for callback in callbacks)
     ):
         callbacks.append(monitor := DelayedMPMonitor())
+        monitor.for_tensorboard_alone = True
     for callback in callbacks:
         if isinstance(callback, Timer) and strategy.has_feed:
             callback.on_train_batch_end = _of_timer(callback, strategy)  # type: ignore[method-assign]

@@ -55,6 +55,7 @@ class DelayedMPMonitor(Callback):
         if trace_steps is not None and not 0 <= trace_steps[0] < trace_steps[1]:
             raise ValueError(f"`trace_steps` must be two steps, the first before the second, but is {trace_steps}.")
         self.pictures, self.trace_steps = pictures, trace_steps
+        self.for_tensorboard_alone = False  # among several loggers
         self._is_first = True  # whether the pipeline has just begun to fill
         self._trace_ends_with: int | None = None  # the number of a report
         self._next_picture = 0.0  # when there is time for it
@@ -126,7 +127,7 @@ class DelayedMPMonitor(Callback):
 
     def _show_one(self, trainer: Trainer, reports: Sequence[Report]) -> None:
         step = reports[0].step
-        for logger in trainer.loggers:
+        for logger in _tensorboards(trainer) if self.for_tensorboard_alone else trainer.loggers:
             logger.log_metrics(scalars_of(reports), step=step)
         self._latest = reports
         if time.monotonic() >= self._next_picture:
@@ -149,7 +150,7 @@ class DelayedMPMonitor(Callback):
             self._next_picture = end + (end - begin) / _DRAWING
 
     def _draw(self, name: str, trainer: Trainer, draw: Callable[[Any], Any], step: int = 0) -> None:
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = _tensorboards(trainer)
         if not loggers:
             return
         try:
@@ -168,6 +169,10 @@ class DelayedMPMonitor(Callback):
         if (key or warning) not in self._said:
             self._said.add(key or warning)
             rank_zero_warn(warning)
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -140,7 +141,8 @@ def _work(pipe: Any, log: str) -> None:
     import lightning_dgmp  # noqa: F401
 
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported never goes
+    gc.freeze()
+    num_modules = len(sys.modules)
     pipe.send("ready")
     while True:
         try:
@@ -161,7 +163,9 @@ def _work(pipe: Any, log: str) -> None:
             os.environ.pop(name, None)
         if clean:
             gc.collect()  # each process group has threads of its own, which wake up again and again
-            gc.freeze()
+            if len(sys.modules) > num_modules + 50:  # what is imported never goes, and is not to be looked at again
+                num_modules = len(sys.modules)
+                gc.freeze()
         faulthandler.cancel_dump_traceback_later()
         pipe.send((result, clean))
 

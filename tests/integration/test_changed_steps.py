@@ -48,27 +48,25 @@ class EndsEarly(Changes):
         return self.inp(batch[0]).square().mean() if self.is_changed else super().loss(batch)
 
 
-class Layer(nn.Linear):
-    """The shape of what it returns follows from something that no other stage sees; it takes any."""
+_IS_NARROW = [False]
 
-    def __init__(self, changes: list[bool]) -> None:
-        super().__init__(16, 16)
-        self.changes = changes
+
+class Layer(nn.Linear):
+    """The shape of what it returns follows from a global variable; it takes any."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x.mean(1, keepdim=True).expand(-1, 16))
-        return x[:, :8] if self.changes[0] else x
+        return x[:, :8] if _IS_NARROW[0] else x
 
 
 class Shrinks(Changes):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.changes = [False]
-        self.hidden = nn.ModuleList(Layer(self.changes) for _ in range(4))
-        self.out = Layer(self.changes)
+        self.hidden = nn.ModuleList(Layer(16, 16) for _ in range(4))
+        self.out = Layer(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.changes[0] = self.is_changed
+        _IS_NARROW[0] = self.is_changed
         return super().forward(x)
 
 
