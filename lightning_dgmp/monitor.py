@@ -55,6 +55,7 @@ class DelayedMPMonitor(Callback):
         if trace_steps is not None and not 0 <= trace_steps[0] < trace_steps[1]:
             raise ValueError(f"`trace_steps` must be two steps, the first before the second, but is {trace_steps}.")
         self.pictures, self.trace_steps = pictures, trace_steps
+        self._has_drawn = False  # since the last report, which takes time
         self.for_tensorboard_alone = False  # among several loggers
         self._is_first = True  # whether the pipeline has just begun to fill
         self._trace_ends_with: int | None = None  # the number of a report
@@ -129,17 +130,17 @@ class DelayedMPMonitor(Callback):
         step = reports[0].step
         for logger in _tensorboards(trainer) if self.for_tensorboard_alone else trainer.loggers:
             logger.log_metrics(scalars_of(reports), step=step)
-        self._latest = reports
-        if time.monotonic() >= self._next_picture:
-            self._draw_timeline(trainer)
         if step == self._trace_ends_with:
             write_trace(_folder(trainer) / TRACE_FILE, [report.spans for report in reports])
         if not self._is_first:  # the pipeline was full
             self._of_epoch.append(reports)
-            advice = advice_for(reports)
+            advice = None if self._has_drawn else advice_for(reports)
             if advice is not None:
-                self._say(advice, advice.partition(":")[0])
-        self._is_first = False
+                self._say(advice, advice.partition(" in ")[0])  # of each stage and wait once
+            self._has_drawn = False
+        self._is_first, self._latest = False, reports
+        if time.monotonic() >= self._next_picture:
+            self._draw_timeline(trainer)
 
     def _draw_timeline(self, trainer: Trainer) -> None:
         if self.pictures and self._latest:
@@ -147,7 +148,7 @@ class DelayedMPMonitor(Callback):
             spans = [report.spans for report in self._latest]
             self._draw("timeline", trainer, lambda pictures: pictures.draw_timeline(spans), self._latest[0].step)
             self._latest, end = [], time.monotonic()
-            self._next_picture = end + (end - begin) / _DRAWING
+            self._next_picture, self._has_drawn = end + (end - begin) / _DRAWING, True
 
     def _draw(self, name: str, trainer: Trainer, draw: Callable[[Any], Any], step: int = 0) -> None:
         loggers = _tensorboards(trainer)
