@@ -116,7 +116,9 @@ class DelayedMPMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        reporter: Reporter | None = getattr(trainer.strategy, "reporter", None)
+        if reporter is not None and trainer.is_global_zero:
+            self._show(trainer, reporter)  # what has come last
             self._draw_timeline(trainer)
 
     def _show(self, trainer: Trainer, reporter: Reporter) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils import get_total_norm
 
+from lightning_dgmp.clipping import norm_of
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.timing import KINDS, Span
 from lightning_dgmp.transport import REPORTS, Transport
@@ -192,7 +192,7 @@ def _read(message: Message) -> Report:
 def _norm(tensors: Sequence[Tensor], runner: StageRunner) -> Tensor:
     if not tensors:
         return torch.zeros((), device=runner.device)
-    return get_total_norm(list(tensors)).double()
+    return norm_of(tensors).double()
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:

@@ -12,9 +12,8 @@ project and the synchronous ones:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from lightning_dgmp.schedule import delayed_schedule, delays_of
@@ -153,35 +152,31 @@ def gpipe(num_stages: int, num_batches: int, microbatches: int) -> list[list[Act
 
 def one_f_one_b(num_stages: int, num_batches: int, microbatches: int) -> list[list[Action]]:
     """As many forwards as there are stages from here on, then a backward and a forward in turns."""
-
-    def one(stage: int, numbers: range) -> Iterator[Action]:
-        ahead = min(num_stages - stage, microbatches)
-        yield from (Action("forward", i) for i in numbers[:ahead])
-        for i in numbers:
-            yield Action("backward", i)
-            yield from (Action("forward", j) for j in numbers[i - numbers[0] + ahead :][:1])
-
-    return _synchronous(one, num_stages, num_batches, microbatches)
+    return _alternating(num_stages, num_batches, microbatches, weights_apart=False)
 
 
 def zero_bubble(num_stages: int, num_batches: int, microbatches: int) -> list[list[Action]]:
     """As 1F1B, but the gradients of the weights come ``stage`` microbatches later, when nothing else is to be done."""
-
-    def one(stage: int, numbers: range) -> Iterator[Action]:
-        ahead = min(num_stages - stage, microbatches)
-        yield from (Action("forward", i) for i in numbers[:ahead])
-        for i in numbers:
-            yield Action("inputs", i)
-            if i - numbers[0] >= stage:
-                yield Action("weights", i - stage)
-            yield from (Action("forward", j) for j in numbers[i - numbers[0] + ahead :][:1])
-        yield from (Action("weights", i) for i in numbers[max(microbatches - stage, 0) :])
-
-    return _synchronous(one, num_stages, num_batches, microbatches)
+    return _alternating(num_stages, num_batches, microbatches, weights_apart=True)
 
 
 #: The synchronous schedules by their names: functions of the number of stages, of batches and of microbatches.
 SCHEDULES = {"GPipe": gpipe, "1F1B": one_f_one_b, "zero-bubble": zero_bubble}
+
+
+def _alternating(num_stages: int, num_batches: int, microbatches: int, weights_apart: bool) -> list[list[Action]]:
+    def one(stage: int, numbers: range) -> Iterator[Action]:
+        ahead = min(num_stages - stage, microbatches)
+        yield from (Action("forward", i) for i in numbers[:ahead])
+        for place, i in enumerate(numbers):
+            yield Action("inputs" if weights_apart else "backward", i)
+            if weights_apart and place >= stage:
+                yield Action("weights", i - stage)
+            yield from (Action("forward", j) for j in numbers[place + ahead :][:1])
+        if weights_apart:
+            yield from (Action("weights", i) for i in numbers[max(microbatches - stage, 0) :])
+
+    return _synchronous(one, num_stages, num_batches, microbatches)
 
 
 def _synchronous(one, num_stages: int, num_batches: int, microbatches: int) -> list[list[Action]]:  # type: ignore[no-untyped-def]
@@ -298,16 +293,3 @@ def beside_each_other(
         prediction = predict(schedule(number, 8, microbatches), costs, link, microbatches)
         rows.append((f"{name}, {microbatches} microbatches", prediction))
     return rows
-
-
-def shares(spans: Iterable[Span]) -> Mapping[str, float]:
-    """How the time from the first span to the end of the last was spent, by kind, with ``"waiting"`` for the gaps."""
-    ordered = sorted(spans, key=lambda span: span.start)
-    if not ordered:
-        return {}
-    total = ordered[-1].end - ordered[0].start
-    spent = dict.fromkeys((span.kind for span in ordered), 0.0)
-    for span in ordered:
-        spent[span.kind] += span.end - span.start
-    spent["waiting"] = sum(after.start - before.end for before, after in pairwise(ordered))
-    return {kind: seconds / total for kind, seconds in spent.items()} if total > 0 else {}

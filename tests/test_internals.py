@@ -9,11 +9,16 @@ import torch.distributed.distributed_c10d as c10d
 import torchmetrics.metric
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.call import _interrupt
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.nn.utils import clip_grad
 
@@ -124,3 +129,26 @@ def test_scalers_keep_their_state_where_it_is_set() -> None:
     state["found_inf_per_device"] = {torch.device("cpu"): torch.tensor(0.0), "told": torch.tensor(1.0)}
     scaler.update()
     assert scaler.get_scale() == 4.0 * scaler.get_backoff_factor()
+
+
+def test_children_of_a_script_are_started_by_a_function_of_their_module() -> None:
+    source = inspect.getsource(subprocess_script._SubprocessScriptLauncher._call_children_scripts)
+    assert "command = _basic_subprocess_cmd()" in source
+    assert callable(subprocess_script._basic_subprocess_cmd)
+
+
+def test_an_evaluation_synchronises_what_ddp_does_not_ignore() -> None:
+    assert "_sync_module_states(self.model)" in inspect.getsource(DDPStrategy.setup)
+    assert '"_ddp_params_and_buffers_to_ignore"' in inspect.getsource(_sync_module_states)
+
+
+def test_loops_iterate_over_loaders_by_fetchers_and_combined_loaders() -> None:
+    assert _DataFetcher.__module__.endswith(".loops.fetchers")
+    assert CombinedLoader.__module__.endswith(".utilities.combined_loader")
+    assert "iter(self.combined_loader)" in inspect.getsource(_DataFetcher.__iter__)
+
+
+def test_callbacks_can_ask_when_to_log() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert isinstance(trainer._logger_connector.should_update_logs, bool)
+    assert isinstance(trainer.fit_loop._should_accumulate(), bool)

@@ -16,7 +16,6 @@ from lightning_dgmp.simulator import (
     gpipe,
     one_f_one_b,
     predict,
-    shares,
     simulate,
     zero_bubble,
 )
@@ -120,14 +119,6 @@ def test_all_schedules_do_everything_once(name: str, microbatches: int) -> None:
 
 def test_updates_count() -> None:
     assert predict(delayed(2, 40), [EVEN, StageCost(1, 2, update=0.5)]).period == pytest.approx(3.5)
-
-
-def test_shares_sum_to_one() -> None:
-    timeline = simulate(delayed(2, 20), [EVEN, StageCost(2, 4)])
-    first = shares(timeline[0])
-    assert sum(first.values()) == pytest.approx(1)
-    assert first["waiting"] == pytest.approx(0.5, abs=0.06)
-    assert shares([]) == {}
 
 
 def test_bad_input() -> None:

@@ -181,6 +181,22 @@ def test_the_monitor_never_stops_a_training(pool: WorkerPool, monkeypatch: pytes
     assert said[1] == []
 
 
+def norms_of_stages(max_norm: float | None) -> list[list[float]]:
+    """At each step."""
+    outcome = fit(models.MLP, models.vectors, {"num_stages": 2}, 2, callbacks=[DelayedMPMonitor()],
+                  gradient_clip_val=max_norm, limit_train_batches=8)  # fmt: skip
+    rows = {step: row for step, row in outcome.rows if "stage_0/gradient_norm" in row}
+    return [[rows[step][f"stage_{k}/gradient_norm"] for k in range(2)] for step in sorted(rows)]
+
+
+def test_the_norm_of_a_stage_is_its_own(pool: WorkerPool) -> None:
+    """Also where clipping asks for that of all."""
+    expected, ours = (pool.run(norms_of_stages, 2, max_norm)[0] for max_norm in (None, 1e6))
+    assert len(expected) == 8
+    assert ours == [pytest.approx(norms, rel=1e-5) for norms in expected]
+    assert all(first != pytest.approx(last, rel=1e-3) for first, last in expected)
+
+
 def train_one(virtual: bool) -> None:
     strategy = {"num_stages": 2 if virtual else 1, "virtual": virtual}
     outcome = fit(models.MLP, models.vectors, strategy, 1, callbacks=[DelayedMPMonitor()])
