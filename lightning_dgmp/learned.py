@@ -6,7 +6,8 @@ over the others get what it left, so that ``on_validation_epoch_end`` and the li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -132,7 +133,7 @@ def _look(value: Any) -> Any:
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
         return type(value), repr(value) if isinstance(value, float) else value  # a NaN is itself
-    return id(value), len(value) if isinstance(value, Sized) else 0
+    return id(value), len(value) if isinstance(value, (list, dict, set, deque)) else 0
 
 
 def _is_plain_set(value: Any) -> bool:

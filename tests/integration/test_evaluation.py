@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 from unittest.mock import patch
 
@@ -10,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -287,12 +289,18 @@ def test_what_steps_count_is_known_whatever_hooks_set_back(pool: WorkerPool) -> 
         assert own == pytest.approx(metrics)
 
 
+class Endless(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield from count()
+
+
 class SetsBackWithin(models.ValidatedMLP):
     """Hooks of batches set back what steps count, and it comes to the same again; of a dict only the key changes."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.count, self.seen = 0, {"": 1}
+        self.stream = DataLoader(Endless())  # which has no length
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.count += 1
