@@ -161,7 +161,8 @@ class Reporter:
 
     def complete(self) -> list[list[Report]]:
         """On the last stage: what all stages have sent since this was asked last, input first, oldest first."""
-        done = sorted(step for step, messages in self._arrived.items() if len(messages) == self._last + 1)
+        arrived_now = list(self._arrived.items())  # threads go on
+        done = sorted(step for step, messages in arrived_now if len(messages) == self._last + 1)
         arrived = [self._arrived.pop(step) for step in done]
         return [[_read(messages[stage]) for stage in range(self._last + 1)] for messages in arrived]
 
