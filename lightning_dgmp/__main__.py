@@ -136,7 +136,7 @@ def _simulate(args: Namespace) -> None:
         from lightning_dgmp.pictures import draw_timeline
 
         timeline = [stage[:40] for stage in rows[0][1].timeline]
-        draw_timeline(timeline, "The delayed schedule, simulated; numbers are those of batches").savefig(args.png)
+        draw_timeline(timeline, "The delayed schedule, simulated").savefig(args.png)
     if args.json:
         keys = ("period", "efficiency", "speedup")
         print(json.dumps([{"schedule": name, **{k: getattr(p, k) for k in keys}} for name, p in rows], indent=2))

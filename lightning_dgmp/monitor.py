@@ -148,7 +148,9 @@ class DelayedMPMonitor(Callback):
         if self.pictures and self._latest:
             begin = time.monotonic()
             spans = [report.spans for report in self._latest]
-            self._draw("timeline", trainer, lambda pictures: pictures.draw_timeline(spans), self._latest[0].step)
+            self._draw(
+                "timeline", trainer, lambda pictures: pictures.draw_timeline(spans, num_batches=4), self._latest[0].step
+            )
             self._latest, end = [], time.monotonic()
             self._next_picture, self._has_drawn = end + (end - begin) / _DRAWING, True
 

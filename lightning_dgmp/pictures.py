@@ -19,42 +19,54 @@ __all__ = ["draw_balance", "draw_runs", "draw_timeline"]
 _COLORS = {
     "forward": "#56B4E9", "backward": "#E69F00", "inputs": "#E69F00", "weights": "#F0E442", "update": "#009E73",
 }  # fmt: skip
-_NAMES = {"wait_activation": "waits for an activation", "wait_error": "waits for an error",
-          "wait_data": "waits for data", "wait_send": "waits for a receiver", "inputs": "backward, inputs",
+_NAMES = {"wait_activation": "waits for activation", "wait_error": "waits for error",
+          "wait_data": "waits for data", "wait_send": "waits for receiver", "inputs": "backward, inputs",
           "weights": "backward, weights"}  # fmt: skip
 _HATCHES = {"wait_activation": "///", "wait_error": "\\\\\\", "wait_data": "...", "wait_send": "xxx"}
-_SHORTEST_WAIT = 0.003  # of the picture's width
+_WIDTH = (
+    4.2  # inches: TensorBoard shows a picture some 350 pixels wide, in which what is 9 points high is 10 pixels high
+)
+_FONT = 9
 
 
-def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "") -> Figure:
+def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "", num_batches: int | None = None) -> Figure:
     """One row a stage, input first: boxes with the numbers of batches, in milliseconds.
 
     Args:
         stages: The spans of each; only the time for which all have some is shown.
         title: Above it.
+        num_batches: How many of the last batches of the first stage to show; ``None``: all.
     """
-    figure, axes = _figure(len(stages))
     begin = max((min(span.start for span in spans) for spans in stages if spans), default=0.0)
     end = max((span.end for spans in stages for span in spans), default=1.0)
-    length = max(end - begin, 1e-9)
+    begins = sorted(
+        span.start for span in (stages[0] if stages else ()) if span.kind == "forward" and span.start >= begin
+    )
+    if num_batches is not None:
+        begins = begins[-num_batches:]
+        begin = max([begin, *begins[:1]])
+    figure, axes = _figure(len(stages), min(max(_WIDTH, 0.8 * len(begins)), 3 * _WIDTH))
+    width_of_digit = (end - begin) / figure.get_figwidth() / 14
+    shortest_wait = 0.003 * (end - begin)
     kinds: dict[str, None] = {}
     for stage, spans in enumerate(stages):
         for span in sorted(spans, key=lambda span: span.start):  # so that what is inside is drawn over it
-            if span.end <= begin or (span.kind in _HATCHES and span.end - span.start < _SHORTEST_WAIT * length):
+            start, length = max(span.start, begin), span.end - max(span.start, begin)
+            if length <= 0 or (span.kind in _HATCHES and length < shortest_wait):
                 continue
             kinds.setdefault(span.kind)
-            left, width = 1000 * (max(span.start, begin) - begin), 1000 * (span.end - max(span.start, begin))
-            axes.barh(stage, width, left=left, height=0.8, **_look(span.kind))
-            if span.kind in ("forward", "backward", "inputs") and width > 18 * length:
-                axes.text(left + width / 2, stage, str(span.batch), ha="center", va="center", fontsize=8)
+            axes.barh(stage, 1000 * length, left=1000 * (start - begin), height=0.8, **_look(span.kind))
+            if span.kind in ("forward", "backward", "inputs") and length > len(str(span.batch)) * width_of_digit:
+                middle = 1000 * (start - begin + length / 2)
+                axes.text(middle, stage, str(span.batch), ha="center", va="center", fontsize=_FONT - 2)
     axes.set_yticks(range(len(stages)), [f"stage {stage}" for stage in range(len(stages))])
     axes.set_ylim(len(stages) - 0.5, -0.5)
-    axes.set_xlim(0, 1000 * length)
-    axes.set_xlabel("milliseconds")
-    axes.set_title(title or "What the stages have done lately; numbers are those of batches", fontsize=9)
-    handles = [Patch(label=_NAMES.get(kind, kind), **_look(kind)) for kind in sorted(kinds)]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.32 if len(stages) < 4 else -0.18), ncols=4,
-                fontsize=8, frameon=False)  # fmt: skip
+    axes.set_xlim(0, 1000 * (end - begin))
+    axes.set_xlabel("milliseconds; numbers are those of batches")
+    axes.set_title(title, fontsize=_FONT)
+    figure.legend(handles=[Patch(label=_NAMES.get(kind, kind), **_look(kind)) for kind in sorted(kinds)],
+                  loc="outside lower center", ncols=round(figure.get_figwidth() / 1.6), fontsize=_FONT - 1,
+                  frameon=False)  # fmt: skip
     return figure
 
 
@@ -68,15 +80,13 @@ def draw_balance(plan: Plan) -> Figure:
         shares = [100 * getattr(stage, name) / totals[i] for stage in plan.stages]
         bars = axes.barh([k + 0.4 * i - 0.2 for k in range(plan.num_stages)], shares, height=0.36, color=color,
                          edgecolor="black", linewidth=0.5, label=label)  # fmt: skip
-        axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=2, fontsize=8)
+        axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=2, fontsize=_FONT - 1)
     axes.axvline(100 / plan.num_stages, color="black", linestyle=":", linewidth=1)
-    names = [f"stage {k}: {stage.first_module}" for k, stage in enumerate(plan.stages)]
-    axes.set_yticks(range(plan.num_stages), names, fontsize=8)
+    axes.set_yticks(range(plan.num_stages), [f"stage {k}" for k in range(plan.num_stages)])
     axes.set_ylim(plan.num_stages - 0.5, -0.5)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
     axes.set_xlabel("percent of the whole model; dotted: equal stages")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32 if plan.num_stages < 4 else -0.2), ncols=2, fontsize=8,
-                frameon=False)  # fmt: skip
+    figure.legend(loc="outside lower center", ncols=2, fontsize=_FONT - 1, frameon=False)
     return figure
 
 
@@ -117,10 +127,13 @@ def draw_runs(runs: Sequence[Run], tag: str | None) -> Figure:
     return figure
 
 
-def _figure(num_rows: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(9, 1.6 + 0.55 * num_rows), dpi=110, layout="constrained")
+def _figure(num_rows: int, width: float = _WIDTH) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, 1.3 + 0.5 * num_rows), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the project does with matplotlib
-    return figure, figure.subplots()
+    axes = figure.subplots()
+    axes.tick_params(labelsize=_FONT)
+    axes.xaxis.label.set_fontsize(_FONT)
+    return figure, axes
 
 
 def _look(kind: str) -> dict[str, Any]:
