@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn import functional as F
@@ -119,12 +121,13 @@ def run_delayed(
     num_replicas: int = 1,
     even: bool = False,
     pause: float = 0,
+    is_watched: bool = False,
     strategy_args: dict[str, Any] | None = None,
     **trainer_args: Any,
 ) -> Spent:
     """This project, with the cuts that it finds by itself or, if ``even``, with those of :meth:`ModelSpec.share`.
 
-    Each replica takes an equal part of the batch.
+    Each replica takes an equal part of the batch. If ``is_watched``, the monitor logs to TensorBoard.
     """
     num_stages = _world_size() // num_replicas
     starts = [f"layers.{stage * spec.num_blocks // num_stages + 1}" for stage in range(1, num_stages)]
@@ -132,7 +135,10 @@ def run_delayed(
     strategy = DelayedMPStrategy(**args)
     data = spec.batches(warmup + batches, _rank() // num_stages, num_replicas)
     trainer_args |= {"strategy": strategy, "devices": _world_size()}
-    spent = _fit(_LanguageModel(spec.layers()), data, warmup, batches, pause=pause, **trainer_args)
+    with TemporaryDirectory() as folder:
+        if is_watched:
+            trainer_args["logger"] = TensorBoardLogger(folder)
+        spent = _fit(_LanguageModel(spec.layers()), data, warmup, batches, pause=pause, **trainer_args)
     if num_stages == 1:
         return spent
     return spent._replace(cuts=tuple(stage.first_module for stage in strategy.plan.stages))
@@ -189,18 +195,15 @@ def _fit(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     stopwatch = _Stopwatch(pause, warmup)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         max_epochs=1,
         callbacks=[stopwatch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,  # `data` are this process's
-        **trainer_args,
+        **{**off, **trainer_args},
     )
     trainer.fit(model, DataLoader(data, batch_size=None))  # type: ignore[arg-type]
     return stopwatch.spent(warmup, batches)

@@ -15,6 +15,7 @@ emulated   The blocks of the model *sleep* (15 ms forward and 30 ms backward, sa
            8 or 11 stages can be timed on two cores. It measures the schedule and the runtime, not arithmetic, and says
            nothing about the speed of a machine. Every such row is labelled.
 options    What an option of this project costs: the same model on two stages, with and without it, in percent.
+monitor    The same of the monitor, with TensorBoard and all defaults, on steps of 50 ms (emulated).
 overhead   What this project adds to a step in Python, per process: see :func:`measure_overhead`.
 
 A time is that of one batch in the steady state: the mean over a block of batches after a warm-up (``2K + 3`` batches on
@@ -54,6 +55,7 @@ SLEEPERS = {  # a batch takes one process some hundred milliseconds of sleep
     num_blocks: ModelSpec(num_blocks, width=64, context=1, batch_size=16, sleep=seconds)
     for num_blocks, seconds in ((16, 0.015), (12, 0.025), (64, 0.004))
 }
+SLOW_STEPS = ModelSpec(num_blocks=2, width=64, context=1, batch_size=16, sleep=0.05 / 3)  # a stage takes 50 ms
 OPTIONS: dict[str, dict[str, Any]] = {
     'backward="recompute"': {"strategy_args": {"backward": "recompute"}},
     'backward="replay"': {"strategy_args": {"backward": "replay"}},
@@ -65,6 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradient_clip_val=1.0": {"gradient_clip_val": 1.0},
     "accumulate_grad_batches=2": {"accumulate_grad_batches": 2},
 }
+COSTS = ("options", "monitor")  # sections of which each row is the first one with an option
 PAUSE = 0.02  # seconds after each batch where processor time is measured
 TINY = ModelSpec(num_blocks=12, width=16, context=8, batch_size=2)
 
@@ -127,6 +130,15 @@ def option_rows(quick: bool) -> list[Row]:
         row.name, row.options = name, options
         rows.append(row)
     return rows[:3] if quick else rows
+
+
+def monitor_rows(quick: bool) -> list[Row]:
+    """Emulated compute, two stages, without and with the monitor."""
+    rows = [_delayed("monitor", SLOW_STEPS, 2) for _ in range(2)]
+    rows[1].name, rows[1].options = "TensorBoard and the monitor", {"is_watched": True}
+    for row in rows:
+        row.scale = 1 if quick else 50  # so that some reports and pictures are among what is measured
+    return rows
 
 
 def emulated_rows(quick: bool) -> list[Row]:
@@ -221,7 +233,7 @@ def table(rows: Sequence[Row]) -> str:
     """All rows as text, and under them what the sections say."""
     cells = [("", "processes", "compute", "ms per batch", "ratio to one process, or cost of an option")]
     for row in rows:
-        if row.name == "one process" or (row.section == "options" and not row.options):
+        if row.name == "one process" or (row.section in COSTS and not row.options):
             cells.append((f"-- {row.section}", "", "", "", ""))
         cells.append(
             (
@@ -229,12 +241,12 @@ def table(rows: Sequence[Row]) -> str:
                 str(row.num_processes),
                 row.compute,
                 spread([1000 * s for s in row.seconds], 1),
-                _cost(row, rows) if row.section == "options" else spread(_ratios(row, rows), 2),
+                _cost(row, rows) if row.section in COSTS else spread(_ratios(row, rows), 2),
             )
         )
     lines = _align(cells)
     for row in rows:
-        if row.function is not peers.run_delayed or row.section == "options" or not row.cuts:
+        if row.function is not peers.run_delayed or row.section in COSTS or not row.cuts:
             continue
         rivals = [r.seconds for r in rows if r.section == row.section and r.num_processes == row.num_processes
                   and r.options.get("schedule") == "1F1B"]  # fmt: skip
@@ -372,7 +384,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="how many times each row is measured")
     parser.add_argument("--batches", type=int, default=6, help="how many batches are measured each time")
-    parser.add_argument("--only", choices=("real", "emulated", "options", "overhead"), help="measure only this")
+    parser.add_argument(
+        "--only", choices=("real", "emulated", "options", "monitor", "overhead"), help="measure only this"
+    )
     parser.add_argument("--quick", action="store_true", help="one round of few batches, at most 4 processes")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
@@ -383,6 +397,7 @@ def main() -> None:
         "real": real_rows(args.quick) if args.only in (None, "real") else [],
         "emulated": emulated_rows(args.quick) if args.only in (None, "emulated") else [],
         "options": option_rows(args.quick) if args.only in (None, "options") else [],
+        "monitor": monitor_rows(args.quick) if args.only in (None, "monitor") else [],
     }
     rows = [row for part in sections.values() for row in part]
     overhead: list[dict[str, Any]] = []
