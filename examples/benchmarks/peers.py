@@ -11,11 +11,15 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +30,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_dgmp import DelayedMPStrategy
+from lightning_dgmp import DelayedMPStrategy, transport
 
 __all__ = ["ModelSpec", "Spent", "run_ddp", "run_delayed", "run_one", "run_pipelining", "run_share"]
 
@@ -122,12 +126,14 @@ def run_delayed(
     even: bool = False,
     pause: float = 0,
     is_watched: bool = False,
+    latency: float = 0,
     strategy_args: dict[str, Any] | None = None,
     **trainer_args: Any,
 ) -> Spent:
     """This project, with the cuts that it finds by itself or, if ``even``, with those of :meth:`ModelSpec.share`.
 
-    Each replica takes an equal part of the batch. If ``is_watched``, the monitor logs to TensorBoard.
+    Each replica takes an equal part of the batch. If ``is_watched``, the monitor logs to TensorBoard. Between
+    any two stages a message takes ``latency`` seconds longer.
     """
     num_stages = _world_size() // num_replicas
     starts = [f"layers.{stage * spec.num_blocks // num_stages + 1}" for stage in range(1, num_stages)]
@@ -135,13 +141,29 @@ def run_delayed(
     strategy = DelayedMPStrategy(**args)
     data = spec.batches(warmup + batches, _rank() // num_stages, num_replicas)
     trainer_args |= {"strategy": strategy, "devices": _world_size()}
-    with TemporaryDirectory() as folder:
+    inboxes = mock.patch.object(transport, "_Inbox", partial(_FarInbox, latency)) if latency else nullcontext()
+    with TemporaryDirectory() as folder, inboxes:
         if is_watched:
             trainer_args["logger"] = TensorBoardLogger(folder)
         spent = _fit(_LanguageModel(spec.layers()), data, warmup, batches, pause=pause, **trainer_args)
     if num_stages == 1:
         return spent
     return spent._replace(cuts=tuple(stage.first_module for stage in strategy.plan.stages))
+
+
+class _FarInbox(transport._Inbox):
+    """Gives what has arrived to the training thread only after a while, as if the sender were far away."""
+
+    def __init__(self, latency: float, wire: Any, bound: int, take: Callable[[Any], None] | None = None) -> None:
+        super().__init__(wire, bound, take or (lambda arrived: self.queue.put((time.monotonic() + latency, arrived))))
+
+    def get(self, timeout: timedelta) -> Any:
+        item: Any = self.queue.get(timeout=timeout.total_seconds())
+        if not isinstance(item, tuple):
+            raise item
+        due, arrived = item
+        time.sleep(max(due - time.monotonic(), 0))
+        return self.wire.arrive(arrived)
 
 
 def run_pipelining(spec: ModelSpec, warmup: int, batches: int, *, schedule: str, microbatches: int) -> Spent:

@@ -12,8 +12,9 @@ real       A Transformer language model computes on two cores, one thread a proc
            ``torch.distributed.pipelining`` with GPipe and 1F1B on two stages, and this project on two stages, or with
            two replicas of one stage.
 emulated   The blocks of the model *sleep* (15 ms forward and 30 ms backward, say) in the place of computing, so that 4,
-           8 or 11 stages can be timed on two cores. It measures the schedule and the runtime, not arithmetic, and says
-           nothing about the speed of a machine. Every such row is labelled.
+           8 or 11 stages can be timed on two cores, also with links between them on which messages take longer. It
+           measures the schedule and the runtime, not arithmetic, and says nothing about the speed of a machine. Every
+           such row is labelled.
 options    What an option of this project costs: the same model on two stages, with and without it, in percent.
 monitor    The same of the monitor, with TensorBoard and all defaults, on steps of 50 ms (emulated).
 overhead   What this project adds to a step in Python, per process: see :func:`measure_overhead`.
@@ -48,7 +49,7 @@ import peers
 import torch
 from peers import ModelSpec, Spent
 
-from lightning_dgmp.simulator import StageCost, delayed, predict
+from lightning_dgmp.simulator import Link, StageCost, delayed, predict
 
 TRANSFORMER = ModelSpec(num_blocks=12, width=128, context=128, batch_size=16)
 SLEEPERS = {  # a batch takes one process some hundred milliseconds of sleep
@@ -67,6 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradient_clip_val=1.0": {"gradient_clip_val": 1.0},
     "accumulate_grad_batches=2": {"accumulate_grad_batches": 2},
 }
+LATENCY = 0.06  # seconds
 COSTS = ("options", "monitor")  # sections of which each row is the first one with an option
 PAUSE = 0.02  # seconds after each batch where processor time is measured
 TINY = ModelSpec(num_blocks=12, width=16, context=8, batch_size=2)
@@ -154,7 +156,7 @@ def emulated_rows(quick: bool) -> list[Row]:
             rows.append(_pipelining(section, spec, num_stages, "1F1B", microbatches))
             rows.append(_delayed(section, spec, num_stages))
             if num_blocks == 16 and num_stages == 4 and not quick:
-                rows.append(_delayed(section, spec, num_stages, 2))
+                rows += [_delayed(section, spec, num_stages, 2), *(_far(section, spec, 4, slack) for slack in (0, 1))]
     return rows
 
 
@@ -171,6 +173,14 @@ def _delayed(section: str, spec: ModelSpec, num_stages: int, num_replicas: int =
     return Row(section, name, num_stages * num_replicas, spec, peers.run_delayed, options, warmup, scale)
 
 
+def _far(section: str, spec: ModelSpec, num_stages: int, slack: int) -> Row:
+    """Links that take a third of a batch's time."""
+    row = _delayed(section, spec, num_stages)
+    row.name += f", latency of {1000 * LATENCY:.0f} ms" + (f", slack={slack}" if slack else "")
+    row.options, row.warmup = {"latency": LATENCY, "strategy_args": {"slack": slack}}, row.warmup + 4 * num_stages
+    return row
+
+
 # ----- measuring
 
 
@@ -184,7 +194,9 @@ def measure(pool: Pool, rows: Sequence[Row], rounds: int, batches: int) -> None:
             row.cuts = spent[0].cuts
             if row.function is peers.run_delayed and not row.options.get("num_replicas") and spent[0].busy:
                 costs = [StageCost(*one.busy) for one in spent[::-1] if one.busy]
-                row.predicted.append(predict(delayed(len(costs), 10 * len(costs)), costs).period)
+                slack = row.options.get("strategy_args", {}).get("slack", 0)
+                schedule, link = delayed(len(costs), 10 * len(costs), slack), Link(row.options.get("latency", 0))
+                row.predicted.append(predict(schedule, costs, link).period)
         print(f"round {number + 1} of {rounds}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
