@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv if need be, installs the package with its test extra, and runs linters, types and every test.
+# Makes .venv if need be, installs the package with its test extra, and runs linters, types and every test, two at a time.
 # Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,4 @@ if [ $# -eq 0 ]; then
     .venv/bin/ruff format --check .
     .venv/bin/mypy
 fi
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"

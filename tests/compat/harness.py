@@ -24,9 +24,7 @@ from tests.training import ListLogger
 __all__ = ["compare", "whole_story"]
 
 
-def whole_story(
-    name: str, strategy: dict[str, Any] | str | None, devices: int, tmp_path: str, is_whole: bool = True
-) -> dict[str, Any]:
+def whole_story(name: str, strategy: dict[str, Any] | str | None, devices: int, tmp_path: str) -> dict[str, Any]:
     """Fit for two epochs, validate, test, predict, and resume for a third.
 
     Args:
@@ -34,14 +32,13 @@ def whole_story(
         strategy: A name, the arguments of :class:`~lightning_dgmp.DelayedMPStrategy`, or ``None`` for Lightning's own.
         devices: How many processes run this.
         tmp_path: A folder that all of them share.
-        is_whole: Whether to validate also before the fit, as a sanity check, and after it, and to resume.
     """
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     case, start = CASES[name], time.monotonic()
     seed_everything(7, verbose=False)
     module, datamodule = case.make(), None if case.data is None else case.data()
-    trainer, logger, checkpoint = _trainer(case, strategy, devices, tmp_path, 2, is_whole)
+    trainer, logger, checkpoint = _trainer(case, strategy, devices, tmp_path, 2)
     trainer.fit(module, datamodule=datamodule)
     story: dict[str, Any] = {
         "rows": logger.rows,
@@ -52,20 +49,17 @@ def whole_story(
         "state": _state(module),
         "plan": str(plan) if (plan := getattr(trainer.strategy, "_plan", None)) is not None else None,
     }
-    if is_whole:
-        story["validate"] = _plain(trainer.validate(module, datamodule=datamodule, verbose=False))
+    story["validate"] = _plain(trainer.validate(module, datamodule=datamodule, verbose=False))
     if is_overridden("test_step", module):
         story["test"] = _plain(trainer.test(module, datamodule=datamodule, verbose=False))
     if is_overridden("predict_step", module, LightningModule):
         predictions = trainer.predict(module, datamodule=datamodule)
         story["predictions"] = _plain(predictions) if trainer.is_global_zero else None
-    story |= {"state_after": _state(module), "seconds": time.monotonic() - start}
-    if not is_whole:
-        return story
+    story["state_after"] = _state(module)
 
     seed_everything(8, verbose=False)
     module, datamodule = case.make(), None if case.data is None else case.data()
-    trainer, logger, checkpoint = _trainer(case, strategy, devices, tmp_path, 3, is_whole)
+    trainer, logger, checkpoint = _trainer(case, strategy, devices, tmp_path, 3)
     # New in Lightning 2.6, which otherwise refuses hyperparameters that are functions.
     trusted: dict[str, Any] = {"weights_only": False} if "weights_only" in signature(trainer.fit).parameters else {}
     trainer.fit(module, datamodule=datamodule, ckpt_path=os.path.join(tmp_path, "last.ckpt"), **trusted)
@@ -88,7 +82,7 @@ def compare(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) 
 
 
 def _trainer(
-    case: Case, strategy: dict[str, Any] | str | None, devices: int, folder: str, max_epochs: int, checks_sanity: bool
+    case: Case, strategy: dict[str, Any] | str | None, devices: int, folder: str, max_epochs: int
 ) -> tuple[Trainer, ListLogger, ModelCheckpoint]:
     chosen: Any = strategy if strategy is not None else "auto"
     if isinstance(strategy, dict):
@@ -105,7 +99,7 @@ def _trainer(
         logger=logger,
         callbacks=[checkpoint],
         log_every_n_steps=1,
-        num_sanity_val_steps=int(checks_sanity),
+        num_sanity_val_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
     )

@@ -16,25 +16,23 @@ from tests.pool import Failure, WorkerPool
 REFUSALS = {"PlanError", "GhostError", "MisconfigurationException"}
 
 
-def stories(
-    pool: WorkerPool, name: str, strategy: dict[str, Any] | None, devices: int, folder: Path, is_whole: bool = True
-) -> list[Any]:
+def stories(pool: WorkerPool, name: str, strategy: dict[str, Any] | None, devices: int, folder: Path) -> list[Any]:
     """The story on each rank, or its :class:`~tests.pool.Failure`."""
-    return pool.try_run(whole_story, devices, name, strategy, devices, str(folder), is_whole, timeout=120)
+    return pool.try_run(whole_story, devices, name, strategy, devices, str(folder), timeout=120)
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])
 @pytest.mark.parametrize("name", sorted(ACCEPTED))
 def test_processes_do_what_virtual_stages_do(pool: WorkerPool, tmp_path: Path, name: str, num_stages: int) -> None:
-    case, is_whole = ACCEPTED[name], num_stages == 2
-    results = stories(pool, name, {"num_stages": num_stages}, num_stages, tmp_path / "processes", is_whole)
+    case = ACCEPTED[name]
+    results = stories(pool, name, {"num_stages": num_stages}, num_stages, tmp_path / "processes")
     failures = {rank: result for rank, result in enumerate(results) if isinstance(result, Failure)}
     refusals = [failure.message for failure in failures.values() if failure.type in REFUSALS]
     if case.may_work and refusals and all(failure.type in REFUSALS | {"PeerError"} for failure in failures.values()):
         pytest.xfail(refusals[0])
     assert not failures, "\n".join(f"rank {rank}:\n{failure.traceback}" for rank, failure in failures.items())
     strategy = {"num_stages": num_stages, "virtual": True}
-    expected = stories(pool, name, strategy, 1, tmp_path / "virtual", is_whole)[0]
+    expected = stories(pool, name, strategy, 1, tmp_path / "virtual")[0]
     assert not isinstance(expected, Failure), expected.traceback
     compare(results[0], expected, case.tolerance)
     for key in ("validate", "test", "callback_metrics", "best", "best_score", "resumed_state"):
