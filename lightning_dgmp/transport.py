@@ -121,7 +121,8 @@ class Transport:
         self.me = self._peers[stage]
         self._in: dict[tuple[str, int], _Inbox] = {}
         self._out: dict[tuple[str, int], _Outbox] = {}
-        self._edges: set[tuple[int, int]] = set()
+        self._retired: list[_Inbox | _Outbox] = []  # channels that faster ones have replaced
+        self._edges: dict[tuple[int, int], bool] = {}  # whether straight from device to device
         self._pairs: set[tuple[int, int]] = set()  # that share parameters
         self.clock, self.bytes_sent = Clock(), 0
         for peer in self._peers[1:]:
@@ -132,14 +133,14 @@ class Transport:
 
         Args:
             edges: The pairs.
-            by_all: Whether all replicas open the same channels now.
+            by_all: Whether all replicas open the same channels now. If not, they go over the host, until all do.
         """
         over_nccl = self._over_nccl and (by_all or len(self._replicas) == 1)
-        for edge in sorted(set(edges) - self._edges):
+        for edge in sorted(edge for edge in set(edges) if self._edges.get(edge, -1) < over_nccl):
             source, target = (self._peers[k] for k in edge)
             self._connect(ACTIVATIONS, source, target, self._device, over_nccl)
             self._connect(ERRORS, target, source, self._device, over_nccl)
-            self._edges.add(edge)
+            self._edges[edge] = over_nccl
 
     def share(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Open a channel for gradients of shared parameters from one stage to another for each pair."""
@@ -184,10 +185,15 @@ class Transport:
         if over_nccl:  # a communicator for itself, or transfers would wait in line
             pairs = [sorted((ranks[source.stage], ranks[target.stage])) for ranks in self._replicas]
             pair = _group_of_own(pairs, timeout=self.timeout, backend="nccl")
-        bound, tag = self._bound, _DIRECTIONS.index(direction)
+        bound, tag = self._bound, _DIRECTIONS.index(direction) + over_nccl * len(_DIRECTIONS)
         if self.me == source:
+            if (outbox := self._out.get((direction, target.stage))) is not None:
+                outbox.finish(CLOSE, "")
+                self._retired.append(outbox)
             self._out[direction, target.stage] = _Outbox(Wire(self._group, tag, pair, target.rank, device), bound)
         elif self.me == target:
+            if (inbox := self._in.get((direction, source.stage))) is not None:
+                self._retired.append(inbox)
             wire = Wire(self._group, tag, pair, source.rank, device)
             self._in[direction, source.stage] = _Inbox(wire, bound, take)
 
@@ -251,7 +257,7 @@ class Transport:
             outbox.thread.join(max(deadline - time.monotonic(), 0))
         for inbox in self._in.values():  # until the peers have answered: an exit with threads at work is an abort
             inbox.end(timedelta(seconds=max(deadline - time.monotonic(), 0)))
-        threads = [box.thread for box in self._out.values()] + [box.thread for box in self._in.values()]
+        threads = [box.thread for box in (*self._out.values(), *self._in.values(), *self._retired)]
         atexit.register(_end_at_once_if_any_lives, threads)
 
     def close(self) -> None:

@@ -6,11 +6,13 @@ import os
 import time
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_dgmp import transport
 from lightning_dgmp.transport import ACTIVATIONS, ERRORS, Transport, group_of_channels
 from lightning_dgmp.wire import Message
 from lightning_dgmp.world import PeerError
@@ -94,6 +96,49 @@ def idle() -> int:
 
 def test_a_channel_may_be_idle_for_longer_than_the_timeout(pool: WorkerPool) -> None:
     assert pool.run(idle, 2) == [1, 0]
+
+
+def go_over_to_faster_channels() -> tuple[int, int]:
+    """Replicas may open different channels for an evaluation; training has the same on all. gloo stands for NCCL."""
+    made, real = [0], transport._group_of_own
+
+    def group_of_own(candidates: Any, **kwargs: Any) -> Any:
+        made[0] += kwargs["backend"] == "nccl"
+        return real(candidates, **{**kwargs, "backend": "gloo"})
+
+    rank = int(os.environ["LOCAL_RANK"])
+    replicas, replica, stage = [[1, 0], [3, 2]], rank // 2, 1 - rank % 2
+    limit = timedelta(seconds=20)
+    dist.init_process_group("gloo", rank=rank, world_size=4, timeout=timedelta(seconds=30))
+    with mock.patch.object(transport, "_group_of_own", group_of_own):
+        group = group_of_channels(replicas)
+        channels = Transport(stage, replicas, replica, group, torch.device("cpu"), limit, over_nccl=True)
+
+        def exchange(batch: int) -> None:
+            if stage == 0:
+                channels.send(ACTIVATIONS, 1, Message(batch, 0, [torch.tensor(batch)]))
+                assert channels.receive(ERRORS, 1, batch).tensors[0].item() == 2 * batch  # type: ignore[union-attr]
+            else:
+                value = channels.receive(ACTIVATIONS, 0, batch).tensors[0]
+                assert value is not None
+                channels.send(ERRORS, 0, Message(batch, 0, [2 * value]))
+
+        if replica == 0:
+            channels.open([(0, 1)], by_all=False)
+            exchange(1)
+        before = made[0]
+        for batch in (2, 3):
+            channels.open([(0, 1)])
+            exchange(batch)
+        channels.open([(0, 1)], by_all=False)
+        exchange(4)
+        channels.close()
+    assert not any(box.thread.is_alive() for box in channels._retired)
+    return before, made[0]
+
+
+def test_training_goes_over_the_device_also_after_an_evaluation(pool: WorkerPool) -> None:
+    assert pool.run(go_over_to_faster_channels, 4) == [(0, 2)] * 4
 
 
 def fail(how: str) -> str:
