@@ -37,7 +37,7 @@ from lightning_dgmp.remedies import Remedies
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.runner import BackwardMode
 from lightning_dgmp.starting import StartingStrategy
-from lightning_dgmp.support import check_optimizers, check_supported
+from lightning_dgmp.support import check_arguments, check_optimizers, check_supported
 
 __all__ = ["DelayedMPStrategy"]
 
@@ -108,6 +108,7 @@ class DelayedMPStrategy(StartingStrategy):
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
+        check_arguments(type(self), kwargs)
         remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
         options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack, balance)
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)

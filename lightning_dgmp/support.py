@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, SGD
 
@@ -27,7 +31,27 @@ _NAMES = ("StochasticWeightAveraging", "WeightAveraging")
 _AVERAGING = tuple(getattr(callbacks, name) for name in _NAMES if hasattr(callbacks, name))
 _PRECISIONS = BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision
 
-__all__ = ["check_devices", "check_optimizers", "check_supported"]
+__all__ = ["check_arguments", "check_devices", "check_optimizers", "check_supported"]
+
+
+def check_arguments(strategy: type, further: Iterable[str]) -> None:
+    """Refuse misspelt arguments, which only a wrapped stage of several replicas would miss.
+
+    Args:
+        strategy: The class, whose bases take the further arguments.
+        further: The names of what is to be handed on.
+    """
+    known: set[str] = set()
+    for owner in (*strategy.__mro__[:-1], DistributedDataParallel):
+        if (init := vars(owner).get("__init__")) is not None:
+            known |= set(_argument_names(init)) - {"self", "module", "kwargs"}
+    for name in further:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(
+                f"`{strategy.__name__}` has no argument `{name}`, and neither has Lightning's `DDPStrategy`."
+                + (f" Did you mean `{near[0]}`?" if near else "")
+            )
 
 
 def check_devices(
@@ -162,8 +186,6 @@ def check_optimizers(optimizers: list[Any], virtual: bool) -> None:
 
 
 def _argument_names(function: object) -> tuple[str, ...]:
-    import inspect
-
     return tuple(inspect.signature(function).parameters)  # type: ignore[arg-type]
 
 

@@ -64,6 +64,12 @@ def test_devices_that_stages_do_not_divide(num_stages: int, devices: int) -> Non
         ({"split_at": "inp"}, TypeError, "`split_at` must be a list of names of modules, but is 'inp'"),
         ({"split_at": [1]}, TypeError, "`split_at` must be a list of names of modules, but is [1]"),
         ({"split_at": 1}, TypeError, "`split_at` must be a list of names of modules, but is 1"),
+        (
+            {"predict_weight": True},
+            TypeError,
+            "no argument `predict_weight`, and neither has Lightning's `DDPStrategy`. Did you mean `predict_weights`?",
+        ),
+        ({"gradients": 2}, TypeError, "no argument `gradients`"),
         ({"virtual": True}, ValueError, "`virtual=True` needs `num_stages`"),
         ({"data_parallel_size": 0}, MisconfigurationException, "`data_parallel_size` must be at least 1 or 'auto'"),
         ({"data_parallel_size": 1.5}, TypeError, "`data_parallel_size` must be an integer or 'auto', but is 1.5"),
