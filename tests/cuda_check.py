@@ -34,16 +34,22 @@ class _Clock(Callback):
         self.times.append(time.perf_counter())
 
 
-def train(num_stages: int, mode: str, precision: str) -> dict[str, Any]:
-    """Train a small language model; ``mode`` is "plain", "virtual" or "processes"."""
+def train(num_stages: int, mode: str, precision: str, num_replicas: int = 1) -> dict[str, Any]:
+    """Train a small language model or, on replicas, a network with ``sync_batchnorm``.
+
+    ``mode`` is "plain", "virtual" or "processes".
+    """
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     seed_everything(7, verbose=False)
-    module, clock = models.LanguageModel(layers=6, width=64, optimizer="momentum"), _Clock()
+    module: models.Base = models.LanguageModel(layers=6, width=64, optimizer="momentum")
+    if num_replicas > 1:
+        module = models.ResidualNet(optimizer="momentum")
+    clock = _Clock()
     strategy: Any = "auto"
     if mode != "plain":
-        shared = [torch.device("cuda", 0)] * (num_stages if mode == "processes" else 1)
+        shared = [torch.device("cuda", 0)] * (num_stages if mode == "processes" else 1) * num_replicas
         strategy = DelayedMPStrategy(
             num_stages, virtual=mode == "virtual", parallel_devices=shared, process_group_backend="gloo"
         )
@@ -51,6 +57,7 @@ def train(num_stages: int, mode: str, precision: str) -> dict[str, Any]:
         accelerator="cuda",
         devices=1,
         strategy=strategy,
+        sync_batchnorm=num_replicas > 1,
         precision=precision,  # type: ignore[arg-type]
         max_epochs=1,
         callbacks=[clock],
@@ -59,7 +66,7 @@ def train(num_stages: int, mode: str, precision: str) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, models.ragged_tokens())
+    trainer.fit(module, models.images() if num_replicas > 1 else models.ragged_tokens())
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     steps = sorted(b - a for a, b in zip(clock.times[10:], clock.times[11:]))
     return {
@@ -69,17 +76,18 @@ def train(num_stages: int, mode: str, precision: str) -> dict[str, Any]:
     }
 
 
-def check(pool: WorkerPool, num_stages: int, precision: str) -> tuple[bool, str]:
+def check(pool: WorkerPool, num_stages: int, precision: str, num_replicas: int = 1) -> tuple[bool, str]:
     """Whether processes do what virtual stages do, and a line about it."""
-    ours = pool.run(train, num_stages, num_stages, "processes", precision, timeout=300)[0]
-    virtual = pool.run(train, 1, num_stages, "virtual", precision, timeout=300)[0]
+    args: dict[str, Any] = {"num_replicas": num_replicas, "timeout": 300}
+    ours = pool.run(train, num_stages * num_replicas, num_stages, "processes", precision, **args)[0]
+    virtual = pool.run(train, num_replicas, num_stages, "virtual", precision, **args)[0]
     plain = pool.run(train, 1, 1, "plain", precision, timeout=300)[0]
     worst = max((ours["state"][name] - value).abs().max().item() for name, value in virtual["state"].items())
     is_same = worst <= TOLERANCES[precision] and ours["scale"] == virtual["scale"]
     return is_same, (
-        f"{precision:10} K={num_stages}: differs from virtual stages by {worst:.1e}, scale {ours['scale']} and"
-        f" {virtual['scale']}; ms per batch: processes {ours['ms']:.2f}, virtual {virtual['ms']:.2f},"
-        f" plain {plain['ms']:.2f}"
+        f"{precision:10} K={num_stages}, R={num_replicas}: differs from virtual stages by {worst:.1e}, scale"
+        f" {ours['scale']} and {virtual['scale']}; ms per batch: processes {ours['ms']:.2f}, virtual"
+        f" {virtual['ms']:.2f}, plain {plain['ms']:.2f}"
     )
 
 
@@ -92,8 +100,8 @@ def main() -> int:
     pool, all_same = WorkerPool(), True
     try:
         for precision in TOLERANCES:
-            for num_stages in (2, 3):
-                is_same, line = check(pool, num_stages, precision)
+            for num_stages, num_replicas in ((2, 1), (3, 1), (2, 2)):
+                is_same, line = check(pool, num_stages, precision, num_replicas)
                 all_same &= is_same
                 print(line, flush=True)
     finally:

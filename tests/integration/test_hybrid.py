@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tests import models
 from tests.habits import ThreeBlocks, UnfreezesWhileInFlight
 from tests.integration.test_collectives import Asks
-from tests.pool import WorkerPool
+from tests.pool import Failure, WorkerPool
 from tests.reference import train_by_hand
 from tests.training import Outcome, assert_equal, fit
 
@@ -163,6 +163,21 @@ class NormalisesOverReplicas(ThreeBlocks):
             return torch.tanh(x - mean)
 
     kind_of_others = kind
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_sync_batchnorm_changes_nothing_within_a_replica(pool: WorkerPool, virtual: bool) -> None:
+    ours, plain = (
+        fit_on(pool, 2, 1, models.ResidualNet, models.images, virtual, sync_batchnorm=sync)[0] for sync in (True, False)
+    )
+    assert_equal(ours, plain, 0.0)
+
+
+def test_sync_batchnorm_of_replicas_says_on_all_what_it_says_with_ddp(pool: WorkerPool) -> None:
+    strategy = {"num_stages": 2}
+    results = pool.try_run(fit, 4, models.ResidualNet, models.images, strategy, 4, sync_batchnorm=True)
+    assert all(isinstance(result, Failure) for result in results)
+    assert all("SyncBatchNorm expected input tensor to be on GPU" in result.message for result in results), results
 
 
 @pytest.mark.parametrize(
