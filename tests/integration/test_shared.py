@@ -20,7 +20,7 @@ from tests.pool import Failure, WorkerPool
 from tests.reference import train_by_hand
 from tests.training import Outcome, assert_equal, fit
 
-SGD, ADAM = 1e-6, 1e-5
+TOLERANCE = 1e-6
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "tied": (sharing.Tied, models.ragged_tokens),
@@ -40,8 +40,8 @@ def precision(name: str) -> dict[str, Any]:
     return {"precision": "64-true"} if name in IN_DOUBLE else {}
 
 
-def tolerance(name: str, of_single: float = SGD) -> float:
-    return 1e-12 if name in IN_DOUBLE else of_single
+def tolerance(name: str) -> float:
+    return 1e-12 if name in IN_DOUBLE else TOLERANCE
 
 
 def virtual(pool: WorkerPool, name: str, num_stages: int, replicas: int = 1, **kwargs: Any) -> Outcome:
@@ -73,7 +73,7 @@ def test_virtual_stages_are_a_fifo_with_the_delay_of_the_home(
     module = sharing.Tied(optimizer="momentum")
     train_by_hand(module, [list(models.ragged_tokens())], ours.stages, 4, accumulate, max_norm)
     for name, p in module.named_parameters():
-        torch.testing.assert_close(ours.state[name], p.detach(), rtol=SGD, atol=SGD)
+        torch.testing.assert_close(ours.state[name], p.detach(), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("num_stages", [2, 4])
@@ -95,7 +95,7 @@ def test_hooks_on_the_parameter(pool: WorkerPool, backward: str) -> None:
     strategy = {"num_stages": 3, "backward": backward}
     ours = pool.run(fit, 3, Hooked, models.ragged_tokens, strategy, 3)[0]
     expected = pool.run(fit, 1, Hooked, models.ragged_tokens, {"num_stages": 3, "virtual": True}, 1)[0]
-    assert_equal(ours, expected, SGD)
+    assert_equal(ours, expected, TOLERANCE)
 
 
 def test_replay_runs(pool: WorkerPool) -> None:
@@ -122,7 +122,7 @@ def test_a_hook_of_the_instance_stays(pool: WorkerPool) -> None:
 @pytest.mark.parametrize("name", ["tied", "one bias", "layers between"])
 def test_adamw(pool: WorkerPool, name: str) -> None:
     args = {"module_args": {"optimizer": "adamw"}}
-    assert_equal(processes(pool, name, 3, **args), virtual(pool, name, 3, **args), tolerance(name, ADAM))
+    assert_equal(processes(pool, name, 3, **args), virtual(pool, name, 3, **args), tolerance(name))
 
 
 @pytest.mark.parametrize("backward", ["recompute"])
@@ -148,14 +148,15 @@ def test_trainer_arguments(pool: WorkerPool, name: str, args: dict[str, Any]) ->
     if name == "one bias" and "make_val_loader" in args:
         pytest.skip("has no validation step")
     args = {"module_args": {"optimizer": "momentum"}, **args}
-    assert_equal(processes(pool, name, 3, **args), virtual(pool, name, 3, **args), SGD)
+    assert_equal(processes(pool, name, 3, **args), virtual(pool, name, 3, **args), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["tied", "layers between"])
+@pytest.mark.parametrize(("name", "num_stages"), [("tied", 2), ("tied", 4), ("layers between", 2)])
 @pytest.mark.parametrize("args", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}], ids=["", "options"])
-def test_replicas(pool: WorkerPool, name: str, args: dict[str, Any]) -> None:
-    args = {"module_args": {"optimizer": "momentum"}, **args}
-    assert_equal(processes(pool, name, 2, 2, **args), virtual(pool, name, 2, 2, **args), tolerance(name))
+def test_replicas(pool: WorkerPool, name: str, num_stages: int, args: dict[str, Any]) -> None:
+    args = {"module_args": {"optimizer": "adamw"}, **args}
+    expected = virtual(pool, name, num_stages, 2, **args)
+    assert_equal(processes(pool, name, num_stages, 2, **args), expected, tolerance(name))
 
 
 def test_a_home_in_the_middle(pool: WorkerPool) -> None:
@@ -181,7 +182,7 @@ def test_homes_on_several_stages(pool: WorkerPool, split_at: list[str]) -> None:
     last = num_stages - 1
     assert expected.stages["embedding.weight"] == (0, last)
     assert expected.stages["layer.gain"] == (last - 1, last)
-    assert_equal(ours[0], expected, SGD)
+    assert_equal(ours[0], expected, TOLERANCE)
 
 
 # ----- the rule of the paper
@@ -224,7 +225,7 @@ def test_the_rule_of_ouroboros(pool: WorkerPool) -> None:
                         matrix -= lr / 2 * due[-1]
 
     for name, p in named.items():
-        torch.testing.assert_close(ours.state[name], p.detach(), rtol=SGD, atol=SGD)
+        torch.testing.assert_close(ours.state[name], p.detach(), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["by hand", "one bias"])
@@ -271,7 +272,7 @@ def test_resume(pool: WorkerPool, tmp_path: Path, before: int, after: int, is_sh
     alone = {"num_stages": after, "virtual": True, "save_distributed_checkpoint": is_sharded} if after > 1 else None
     expected = pool.run(fit_and_save, 1, str(tmp_path / "c"), alone, 1, **args)[0]
     assert resumed.global_step == 20
-    assert_equal(resumed, expected, ADAM)
+    assert_equal(resumed, expected, TOLERANCE)
 
 
 def predict(strategy: Any, devices: int) -> Any:
@@ -289,7 +290,7 @@ def predict(strategy: Any, devices: int) -> Any:
 def test_evaluation(pool: WorkerPool) -> None:
     ours = pool.run(predict, 3, {"num_stages": 3}, 3)[0]
     expected = pool.run(predict, 1, {"num_stages": 3, "virtual": True}, 1)[0]
-    torch.testing.assert_close(ours, expected, rtol=SGD, atol=SGD)
+    torch.testing.assert_close(ours, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # ----- what goes wrong
