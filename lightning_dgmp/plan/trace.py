@@ -6,6 +6,7 @@ What depends on the batch alone stays real, is computed by every stage for itsel
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import traceback
 import weakref
@@ -127,7 +128,7 @@ class _Tracer(GhostMode):
             raise GhostRead(read[0], f"{type(module).__name__} `{path}`")
         self._open.append(index)
         self._open_modules.append(module)
-        buffers = marks(list(module._buffers.values()))
+        buffers = marks(list(module._buffers.values()), max_compared=math.inf)
         out = call(*args, **kwargs)
         trace.calls[index].has_state = not is_same(buffers, list(module._buffers.values()))
         self._look_at_attributes()

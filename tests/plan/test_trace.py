@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -60,6 +61,35 @@ def test_nothing_stays_behind() -> None:
     assert random.getstate() == states[0]
     assert numpy.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+class Writes(nn.Module):
+    def __init__(self, write: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.write = nn.Linear(4, 4), write
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        self.write(self.mean, x.detach().mean(0))
+        return x - self.mean
+
+
+def add_to_data(mean: Tensor, _: Tensor) -> None:
+    mean.data += 1
+
+
+def set_data(mean: Tensor, _: Tensor) -> None:
+    mean.data = mean + 1
+
+
+@pytest.mark.parametrize("write", [add_to_data, set_data])
+def test_writes_past_the_version_are_seen_and_undone(write: Callable[[Tensor, Tensor], Any]) -> None:
+    module = Writes(write)
+    buffer, place = module.mean, module.mean.data_ptr()
+    assert trace(module, torch.zeros(2, 4)).calls[0].has_state
+    assert module.mean is buffer
+    assert (buffer.data_ptr(), buffer.tolist()) == (place, [1] * 4)
 
 
 def test_calls_flops_and_parameters() -> None:
