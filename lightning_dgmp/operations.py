@@ -6,7 +6,7 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from lightning_dgmp.ghost import PLAIN, Ghost, GhostError, GhostRead, looks_of, 
 from lightning_dgmp.nests import leaves, map_tensors, tensors_in
 from lightning_dgmp.reads import READS, is_mask
 
-__all__ = ["GhostMode", "Result", "is_in_place"]
+__all__ = ["GhostMode", "Result", "is_in_place", "shares_memory"]
 
 _MAX_RESULTS = 10_000
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -53,8 +53,8 @@ class GhostMode:
 
     def __init__(self) -> None:
         self.fake_mode = _FAKES
-        #: Ids of real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
-        self.written_over: set[int] = set()
+        #: The real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
+        self.written_over: Callable[[], Iterable[Tensor]] = tuple
         #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
         self.draws_noise = True
         #: Set when values of real tensors have decided something.
@@ -85,8 +85,8 @@ class GhostMode:
     ) -> None:
         """Called after each operation on ghosts; ``changed`` is the ghost that was modified in place, if any."""
 
-    def ignore_write(self, inputs: list[Ghost]) -> None:
-        """Called when ghosts are written into one of ``written_over``, which does nothing."""
+    def ignore_write(self, inputs: list[Ghost], target: Tensor) -> None:
+        """Called when ghosts are written into one of ``written_over`` or a view of it, which does nothing."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
@@ -128,8 +128,8 @@ class GhostMode:
         out = kwargs.get("out")
         for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
             if isinstance(target, Tensor) and not isinstance(target, Ghost):
-                if id(target) in self.written_over:
-                    self.ignore_write(inputs)
+                if shares_memory(target, self.written_over()):
+                    self.ignore_write(inputs, target)
                     return None if name == "__setitem__" else target
                 raise GhostError(
                     f"`{name}` writes {inputs[0].describe()} in place into a tensor that does not come from the model."
@@ -228,6 +228,16 @@ def _key(func: Any, args: Any, kwargs: Any) -> Any:
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     modes = autocast, torch.get_default_dtype(), torch.is_inference_mode_enabled()
     return func, modes, looks_of(args), looks_of(dict(kwargs))
+
+
+def shares_memory(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether a real tensor is one of ``others`` or a view of it, also through ``.data``."""
+    with torch._C.DisableTorchFunction():  # to ask for a place is no read
+        return _place(tensor) in {_place(other) for other in others if not isinstance(other, Ghost)}
+
+
+def _place(tensor: Tensor) -> int:
+    return _storage(tensor) if tensor.layout == torch.strided else id(tensor)
 
 
 def _storage(fake: Tensor) -> int:

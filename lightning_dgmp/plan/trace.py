@@ -27,7 +27,7 @@ from lightning_dgmp.calls import (
 )
 from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
 from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
-from lightning_dgmp.operations import GhostMode, Result
+from lightning_dgmp.operations import GhostMode, Result, shares_memory
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
 
@@ -104,8 +104,8 @@ class _Tracer(GhostMode):
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
         # Also what metrics count in; all of it is put back after the trace.
-        kept = (item for module in root.modules() for item in vars(module).values() if is_plain(item))
-        self.written_over = {id(tensor) for tensor in (*root.buffers(), *kept)}
+        kept = [item for module in root.modules() for item in vars(module).values() if is_plain(item)]
+        self.written_over = lambda: (*root.buffers(), *kept)
         self._hooked = {module for module in root.modules() if has_backward_hooks(module)}
         self._open: list[int] = []
         self._open_modules: list[nn.Module] = []
@@ -130,7 +130,7 @@ class _Tracer(GhostMode):
         self._open_modules.append(module)
         buffers = marks(list(module._buffers.values()), max_compared=math.inf)
         out = call(*args, **kwargs)
-        trace.calls[index].has_state = not is_same(buffers, list(module._buffers.values()))
+        trace.calls[index].has_state |= not is_same(buffers, list(module._buffers.values()))
         self._look_at_attributes()
         self._open.pop()
         self._open_modules.pop()
@@ -255,8 +255,11 @@ class _Tracer(GhostMode):
             self.trace.calls[call].ops.append(len(self.trace.ops) - 1)
         return op
 
-    def ignore_write(self, inputs: list[Ghost]) -> None:
+    def ignore_write(self, inputs: list[Ghost], target: Tensor) -> None:
         self.want(inputs)
+        for call, module in zip(self._open, self._open_modules):
+            buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+            self.trace.calls[call].has_state |= shares_memory(target, buffers)
 
     def want(self, *nest: Any, **more: Any) -> None:
         """Note that the last stage should have the values in ``nest``."""

@@ -71,7 +71,39 @@ def sets_data(layer: Layer, _: Tensor) -> None:
     layer.steps.data = layer.steps + 1
 
 
-CHANGES = {"count": [adds, adds_to_data, augments_data, copies_to_data, sets_data]}
+def averages(layer: Layer, new: Tensor) -> None:
+    layer.mean.mul_(0.9).add_(new, alpha=0.1)
+
+
+def averages_data(layer: Layer, new: Tensor) -> None:
+    layer.mean.data.mul_(0.9).add_(new, alpha=0.1)
+
+
+def copies_average(layer: Layer, new: Tensor) -> None:
+    layer.mean.data.copy_(0.9 * layer.mean + 0.1 * new)
+
+
+def averages_view(layer: Layer, new: Tensor) -> None:
+    layer.mean[:].mul_(0.9).add_(new, alpha=0.1)
+
+
+def averages_detached(layer: Layer, new: Tensor) -> None:
+    layer.mean.detach().mul_(0.9).add_(new, alpha=0.1)
+
+
+def banks(layer: Layer, new: Tensor) -> None:
+    layer.bank[0] = new
+
+
+def banks_row(layer: Layer, new: Tensor) -> None:
+    layer.bank[0].copy_(new)
+
+
+CHANGES = {
+    "count": [adds, adds_to_data, augments_data, copies_to_data, sets_data],
+    "average": [averages, averages_data, copies_average, averages_view, averages_detached],
+    "bank": [banks, banks_row, banks_row, banks_row],
+}
 
 
 @pytest.mark.parametrize("kind", CHANGES)

@@ -83,7 +83,22 @@ def set_data(mean: Tensor, _: Tensor) -> None:
     mean.data = mean + 1
 
 
-@pytest.mark.parametrize("write", [add_to_data, set_data])
+def copy_ghost(mean: Tensor, new: Tensor) -> None:
+    mean.copy_(new)
+
+
+def copy_ghost_to_data(mean: Tensor, new: Tensor) -> None:
+    mean.data.copy_(new)
+
+
+def copy_ghost_to_view(mean: Tensor, new: Tensor) -> None:
+    mean[0].copy_(new[1])
+
+
+GHOSTLY = [copy_ghost, copy_ghost_to_data, copy_ghost_to_view]
+
+
+@pytest.mark.parametrize("write", [add_to_data, set_data, *GHOSTLY])
 def test_writes_past_the_version_are_seen_and_undone(write: Callable[[Tensor, Tensor], Any]) -> None:
     module = Writes(write)
     buffer, place = module.mean, module.mean.data_ptr()
