@@ -128,14 +128,8 @@ class GhostMode:
         out = kwargs.get("out")
         for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
             if isinstance(target, Tensor) and not isinstance(target, Ghost):
-                if shares_memory(target, self.written_over()):
-                    self.ignore_write(inputs, target)
-                    return None if name == "__setitem__" else target
-                raise GhostError(
-                    f"`{name}` writes {inputs[0].describe()} in place into a tensor that does not come from the model."
-                    " A stage that does not own the value cannot do that: make that tensor from one of the model, as by"
-                    " `x.new_zeros(...)`, or build the result with `torch.cat`, `torch.stack` or `torch.where`."
-                )
+                self._write(name, inputs, target, args)
+                return None if name in ("__set__", "__setitem__") else target
 
         fakes: dict[int, Ghost] = {}
         key = None if in_place else _key(func, args, kwargs)
@@ -182,6 +176,22 @@ class GhostMode:
                 outputs.append(changed)
         self.observe(func, inputs, outputs, changed, result)
         return nest
+
+    def _write(self, name: str, inputs: list[Ghost], target: Tensor, args: tuple[Any, ...]) -> None:
+        """Do nothing, if ``target`` may be written over."""
+        if name == "__set__" and (target.shape, target.dtype) != (args[1].shape, args[1].dtype):
+            raise GhostError(
+                f"`.data` may be assigned a tensor of the same shape and dtype, but one of {tuple(target.shape)} and"
+                f" {target.dtype} was assigned {inputs[0].describe()}. Assign the attribute itself."
+            )
+        if not shares_memory(target, self.written_over()):
+            raise GhostError(
+                f"`{'.data' if name == '__set__' else name}` writes {inputs[0].describe()} in place into a tensor that"
+                " does not come from the model. A stage that does not own the value cannot do that: make that tensor"
+                " from one of the model, as by `x.new_zeros(...)`, or build the result with `torch.cat`, `torch.stack`"
+                " or `torch.where`."
+            )
+        self.ignore_write(inputs, target)
 
     def _run(self, func: Any, args: Any, kwargs: Mapping[str, Any], inputs: list[Ghost]) -> Result:
         cost, name = _Cost(), getattr(func, "__name__", str(func))
@@ -366,8 +376,8 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
 
 _IN_PLACE = frozenset(
     """
-    __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__
-    __ixor__ __ilshift__ __irshift__
+    __set__ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__
+    __iand__ __ior__ __ixor__ __ilshift__ __irshift__
     """.split()  # noqa: SIM905
 )
 _CHANGES_LEAF = frozenset(("requires_grad_", "retain_grad", "__set__"))

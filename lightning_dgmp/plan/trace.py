@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_dgmp.calls import (
     ParameterSlots,
     custom_functions,
+    data_assignments,
     has_backward_hooks,
     intercepted_calls,
     no_backward_hooks,
@@ -61,7 +62,7 @@ def trace_step(
     functions = custom_functions(tracer.on_function)
     with untouched(root, device), torch.compiler.set_stance("force_eager"):
         calls = intercepted_calls(root, tracer.on_call)
-        with tracer.slots.holding(tracer.ghosts), calls, functions, no_backward_hooks(root):
+        with tracer.slots.holding(tracer.ghosts), calls, functions, data_assignments(), no_backward_hooks(root):
             try:
                 returned = step(tracer.want)
                 tracer.trace.returned_none = returned is None

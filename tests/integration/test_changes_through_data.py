@@ -83,6 +83,10 @@ def copies_average(layer: Layer, new: Tensor) -> None:
     layer.mean.data.copy_(0.9 * layer.mean + 0.1 * new)
 
 
+def sets_average(layer: Layer, new: Tensor) -> None:
+    layer.mean.data = 0.9 * layer.mean + 0.1 * new
+
+
 def averages_view(layer: Layer, new: Tensor) -> None:
     layer.mean[:].mul_(0.9).add_(new, alpha=0.1)
 
@@ -101,7 +105,7 @@ def banks_row(layer: Layer, new: Tensor) -> None:
 
 CHANGES = {
     "count": [adds, adds_to_data, augments_data, copies_to_data, sets_data],
-    "average": [averages, averages_data, copies_average, averages_view, averages_detached],
+    "average": [averages, averages_data, copies_average, sets_average, averages_view, averages_detached],
     "bank": [banks, banks_row, banks_row, banks_row],
 }
 

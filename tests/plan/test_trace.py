@@ -91,11 +91,16 @@ def copy_ghost_to_data(mean: Tensor, new: Tensor) -> None:
     mean.data.copy_(new)
 
 
+def set_data_to_ghost(mean: Tensor, new: Tensor) -> None:
+    mean.data = new
+    assert mean.sum() == 4  # not the memory of a ghost, of which there is none
+
+
 def copy_ghost_to_view(mean: Tensor, new: Tensor) -> None:
     mean[0].copy_(new[1])
 
 
-GHOSTLY = [copy_ghost, copy_ghost_to_data, copy_ghost_to_view]
+GHOSTLY = [copy_ghost, copy_ghost_to_data, set_data_to_ghost, copy_ghost_to_view]
 
 
 @pytest.mark.parametrize("write", [add_to_data, set_data, *GHOSTLY])
@@ -105,6 +110,17 @@ def test_writes_past_the_version_are_seen_and_undone(write: Callable[[Tensor, Te
     assert trace(module, torch.zeros(2, 4)).calls[0].has_state
     assert module.mean is buffer
     assert (buffer.data_ptr(), buffer.tolist()) == (place, [1] * 4)
+
+
+def set_data_to_another_shape(mean: Tensor, new: Tensor) -> None:
+    mean.data = new[:2]
+
+
+def test_a_ghost_of_another_shape_cannot_be_the_data_of_a_buffer() -> None:
+    with pytest.raises(
+        GhostError, match=r"one of \(4,\) and torch.float32 was assigned a \(2,\) .* Assign the attribute"
+    ):
+        trace(Writes(set_data_to_another_shape), torch.zeros(2, 4))
 
 
 def test_calls_flops_and_parameters() -> None:
@@ -185,6 +201,7 @@ def test_custom_functions_are_themselves_again() -> None:
     layer.register_forward_hook(lambda _, __, out: made.append(out))
     trace(layer, torch.randn(2, 8))
     assert torch.autograd.Function.__dict__["apply"] is before
+    assert "data" not in torch.Tensor.__dict__
     assert made[0].requires_grad
 
 
