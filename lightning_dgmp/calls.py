@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dgmp.ghost import GhostError
+from lightning_dgmp.ghost import Ghost, GhostError
 
 __all__ = [
     "CallHandler",
     "ParameterSlots",
     "custom_functions",
+    "data_assignments",
     "has_backward_hooks",
     "intercepted_calls",
     "no_backward_hooks",
@@ -72,6 +73,38 @@ def custom_functions(around: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+_OWN_DATA: Any = torch._C.TensorBase.data
+
+
+def _assign_data(tensor: Tensor, value: Any) -> None:
+    if isinstance(value, Ghost) and not isinstance(tensor, Ghost):
+        value.family.call(_OWN_DATA.__set__, (tensor, value), {})
+    else:
+        _OWN_DATA.__set__(tensor, value)
+
+
+class _Data(property):
+    __name__ = "data"  # as of the descriptor that it stands for
+
+
+_DATA: Any = _Data(_OWN_DATA.__get__, _assign_data)
+
+
+@contextmanager
+def data_assignments() -> Iterator[None]:
+    """Let a ghost decide what ``tensor.data = ghost`` does.
+
+    Torch asks the tensor alone, and a real one would get the memory of the ghost, which is none.
+    """
+    is_outermost = "data" not in torch.Tensor.__dict__
+    torch.Tensor.data = _DATA
+    try:
+        yield
+    finally:
+        if is_outermost:
+            del torch.Tensor.data
 
 
 @contextmanager

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Form", "copied_tensors", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks", "replace_leaves",
-    "split", "tensors_in",
+    "Form", "copied_tensors", "has_same_bytes", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks",
+    "replace_leaves", "split", "tensors_in",
 ]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
+_MAX_COMPARED = 2**12  # elements of a tensor whose values are compared; marks are kept for a while
 
 
 def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
@@ -109,9 +110,12 @@ def tensors_in(obj: Any, kind: type = Tensor) -> list[Any]:
     return [leaf for leaf in leaves(obj) if isinstance(leaf, kind)]
 
 
-def marks(value: Any) -> list[Any]:
-    """What tells whether ``value`` is still the same, without keeping its tensors."""
-    return [_keys(value), *map(_mark, leaves(value))]
+def marks(value: Any, max_compared: float = _MAX_COMPARED) -> list[Any]:
+    """What tells whether ``value`` is still the same, without keeping its tensors.
+
+    Writes through ``.data`` show in the values alone, of which those of larger tensors are not looked at.
+    """
+    return [_keys(value), *(_mark(leaf, max_compared) for leaf in leaves(value))]
 
 
 def is_same(before: list[Any] | None, value: Any) -> bool:
@@ -133,18 +137,22 @@ def _keys(value: Any) -> Any:
 
 class _TensorMark(NamedTuple):
     tensor: weakref.ref[Tensor]
-    version: int | None
+    looks: tuple[int, int] | None
+    content: Tensor | None
 
 
-def _mark(leaf: Any) -> Any:
+def _mark(leaf: Any, max_compared: float) -> Any:
     if isinstance(leaf, Tensor):
-        return _TensorMark(weakref.ref(leaf), _version(leaf))
+        is_compared = type(leaf) is Tensor and leaf.numel() <= max_compared
+        return _TensorMark(weakref.ref(leaf), _looks(leaf), leaf.detach().clone() if is_compared else None)
     return leaf.copy() if isinstance(leaf, (numpy.ndarray, set)) else leaf
 
 
 def _is_same_leaf(mark: Any, leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
-        return isinstance(mark, _TensorMark) and mark.tensor() is leaf and mark.version == _version(leaf) is not None
+        if not isinstance(mark, _TensorMark) or mark.tensor() is not leaf or not mark.looks == _looks(leaf) is not None:
+            return False
+        return mark.content is None or has_same_bytes(leaf, mark.content) is not False
     if isinstance(leaf, (set, frozenset)):
         return type(mark) is type(leaf) and bool(mark == leaf)
     if not isinstance(leaf, (*_LEAVES, complex, numpy.ndarray, numpy.generic)):
@@ -152,8 +160,20 @@ def _is_same_leaf(mark: Any, leaf: Any) -> bool:
     return type(mark) is type(leaf) and bool(numpy.array_equal(mark, leaf))  # type: ignore[arg-type]
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _looks(tensor: Tensor) -> tuple[int, int] | None:
+    """Its version, and where it is: another place can be assigned to ``.data``."""
+    if tensor.is_inference():
+        return None
+    has_place = type(tensor) is Tensor and tensor.layout == torch.strided
+    return tensor._version, tensor.data_ptr() if has_place else 0
+
+
+def has_same_bytes(tensor: Tensor, other: Tensor) -> bool | None:
+    """Whether two tensors of a kind have the same values, NaNs too; ``None`` if their kind cannot be compared."""
+    is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
+    if not is_dense or tensor.is_quantized or tensor.is_conj():
+        return None
+    return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (tensor, other)))
 
 
 class Form:

@@ -6,7 +6,7 @@ The shapes come from :class:`torch._subclasses.FakeTensor`, the only private par
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from lightning_dgmp.ghost import PLAIN, Ghost, GhostError, GhostRead, looks_of, 
 from lightning_dgmp.nests import leaves, map_tensors, tensors_in
 from lightning_dgmp.reads import READS, is_mask
 
-__all__ = ["GhostMode", "Result", "is_in_place"]
+__all__ = ["GhostMode", "Result", "is_in_place", "shares_memory"]
 
 _MAX_RESULTS = 10_000
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -53,8 +53,8 @@ class GhostMode:
 
     def __init__(self) -> None:
         self.fake_mode = _FAKES
-        #: Ids of real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
-        self.written_over: set[int] = set()
+        #: The real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
+        self.written_over: Callable[[], Iterable[Tensor]] = tuple
         #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
         self.draws_noise = True
         #: Set when values of real tensors have decided something.
@@ -85,8 +85,8 @@ class GhostMode:
     ) -> None:
         """Called after each operation on ghosts; ``changed`` is the ghost that was modified in place, if any."""
 
-    def ignore_write(self, inputs: list[Ghost]) -> None:
-        """Called when ghosts are written into one of ``written_over``, which does nothing."""
+    def ignore_write(self, inputs: list[Ghost], target: Tensor) -> None:
+        """Called when ghosts are written into one of ``written_over`` or a view of it, which does nothing."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
@@ -128,14 +128,8 @@ class GhostMode:
         out = kwargs.get("out")
         for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
             if isinstance(target, Tensor) and not isinstance(target, Ghost):
-                if id(target) in self.written_over:
-                    self.ignore_write(inputs)
-                    return None if name == "__setitem__" else target
-                raise GhostError(
-                    f"`{name}` writes {inputs[0].describe()} in place into a tensor that does not come from the model."
-                    " A stage that does not own the value cannot do that: make that tensor from one of the model, as by"
-                    " `x.new_zeros(...)`, or build the result with `torch.cat`, `torch.stack` or `torch.where`."
-                )
+                self._write(name, inputs, target, args)
+                return None if name in ("__set__", "__setitem__") else target
 
         fakes: dict[int, Ghost] = {}
         key = None if in_place else _key(func, args, kwargs)
@@ -183,6 +177,22 @@ class GhostMode:
         self.observe(func, inputs, outputs, changed, result)
         return nest
 
+    def _write(self, name: str, inputs: list[Ghost], target: Tensor, args: tuple[Any, ...]) -> None:
+        """Do nothing, if ``target`` may be written over."""
+        if name == "__set__" and (target.shape, target.dtype) != (args[1].shape, args[1].dtype):
+            raise GhostError(
+                f"`.data` may be assigned a tensor of the same shape and dtype, but one of {tuple(target.shape)} and"
+                f" {target.dtype} was assigned {inputs[0].describe()}. Assign the attribute itself."
+            )
+        if not shares_memory(target, self.written_over()):
+            raise GhostError(
+                f"`{'.data' if name == '__set__' else name}` writes {inputs[0].describe()} in place into a tensor that"
+                " does not come from the model. A stage that does not own the value cannot do that: make that tensor"
+                " from one of the model, as by `x.new_zeros(...)`, or build the result with `torch.cat`, `torch.stack`"
+                " or `torch.where`."
+            )
+        self.ignore_write(inputs, target)
+
     def _run(self, func: Any, args: Any, kwargs: Mapping[str, Any], inputs: list[Ghost]) -> Result:
         cost, name = _Cost(), getattr(func, "__name__", str(func))
         is_quiet, _LOG.disabled = _LOG.disabled, True  # it would tell of errors that are raised besides
@@ -228,6 +238,16 @@ def _key(func: Any, args: Any, kwargs: Any) -> Any:
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     modes = autocast, torch.get_default_dtype(), torch.is_inference_mode_enabled()
     return func, modes, looks_of(args), looks_of(dict(kwargs))
+
+
+def shares_memory(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether a real tensor is one of ``others`` or a view of it, also through ``.data``."""
+    with torch._C.DisableTorchFunction():  # to ask for a place is no read
+        return _place(tensor) in {_place(other) for other in others if not isinstance(other, Ghost)}
+
+
+def _place(tensor: Tensor) -> int:
+    return _storage(tensor) if tensor.layout == torch.strided else id(tensor)
 
 
 def _storage(fake: Tensor) -> int:
@@ -356,8 +376,8 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
 
 _IN_PLACE = frozenset(
     """
-    __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__
-    __ixor__ __ilshift__ __irshift__
+    __set__ __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ifloordiv__ __imod__ __ipow__
+    __iand__ __ior__ __ixor__ __ilshift__ __irshift__
     """.split()  # noqa: SIM905
 )
 _CHANGES_LEAF = frozenset(("requires_grad_", "retain_grad", "__set__"))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_dgmp.calls import ParameterSlots, custom_functions, intercepted_calls
+from lightning_dgmp.calls import ParameterSlots, custom_functions, data_assignments, intercepted_calls
 from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.stage.averaging import Averaging
@@ -42,6 +42,7 @@ class Interception:
         if runner is not None:
             self._stack.enter_context(intercepted_calls(self._module, runner.on_call, runner.watched))
             self._stack.enter_context(custom_functions(runner.on_function))
+            self._stack.enter_context(data_assignments())
             self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # compilers cannot read ghosts
 
     @contextmanager

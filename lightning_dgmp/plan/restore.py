@@ -12,6 +12,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from lightning_dgmp.ghost import Ghost
+from lightning_dgmp.nests import has_same_bytes, is_same, marks
 from lightning_dgmp.objects import is_object_of_user
 
 __all__ = ["attributes_of_now", "attributes_saved", "is_plain", "untouched"]
@@ -126,7 +128,7 @@ def _copied_item(item: Any) -> Any:
 
 
 def _save_item(item: Any) -> Callable[[], None] | None:
-    if is_plain(item):
+    if is_plain(item) and not isinstance(item, Ghost):
         return _save_tensor(item)
     if isinstance(item, _Generator):
         state = _state(item)
@@ -138,12 +140,16 @@ def _save_item(item: Any) -> Callable[[], None] | None:
 
 
 def _save_tensor(tensor: Tensor) -> Callable[[], None]:
-    version, kept = tensor._version, tensor.detach().clone()
+    before, kept = marks(tensor, max_compared=0), tensor.detach().clone()
+    alias = tensor.data if type(tensor) is Tensor else tensor
 
     def restore() -> None:
-        if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(kept)
+        if alias is not tensor:
+            tensor.data = alias  # instead of what has been assigned to it
+        is_kept = has_same_bytes(alias, kept)  # writes through `.data` have no version
+        if not (is_same(before, tensor) if is_kept is None else is_kept):
+            with torch.no_grad(), torch.inference_mode(alias.is_inference()):
+                alias.copy_(kept)
 
     return restore
 

@@ -6,6 +6,7 @@ What depends on the batch alone stays real, is computed by every stage for itsel
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import traceback
 import weakref
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from lightning_dgmp.calls import (
     ParameterSlots,
     custom_functions,
+    data_assignments,
     has_backward_hooks,
     intercepted_calls,
     no_backward_hooks,
 )
 from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
 from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
-from lightning_dgmp.operations import GhostMode, Result
+from lightning_dgmp.operations import GhostMode, Result, shares_memory
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
 
@@ -60,7 +62,7 @@ def trace_step(
     functions = custom_functions(tracer.on_function)
     with untouched(root, device), torch.compiler.set_stance("force_eager"):
         calls = intercepted_calls(root, tracer.on_call)
-        with tracer.slots.holding(tracer.ghosts), calls, functions, no_backward_hooks(root):
+        with tracer.slots.holding(tracer.ghosts), calls, functions, data_assignments(), no_backward_hooks(root):
             try:
                 returned = step(tracer.want)
                 tracer.trace.returned_none = returned is None
@@ -103,8 +105,8 @@ class _Tracer(GhostMode):
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
         # Also what metrics count in; all of it is put back after the trace.
-        kept = (item for module in root.modules() for item in vars(module).values() if is_plain(item))
-        self.written_over = {id(tensor) for tensor in (*root.buffers(), *kept)}
+        kept = [item for module in root.modules() for item in vars(module).values() if is_plain(item)]
+        self.written_over = lambda: (*root.buffers(), *kept)
         self._hooked = {module for module in root.modules() if has_backward_hooks(module)}
         self._open: list[int] = []
         self._open_modules: list[nn.Module] = []
@@ -127,9 +129,9 @@ class _Tracer(GhostMode):
             raise GhostRead(read[0], f"{type(module).__name__} `{path}`")
         self._open.append(index)
         self._open_modules.append(module)
-        buffers = marks(list(module._buffers.values()))
+        buffers = marks(list(module._buffers.values()), max_compared=math.inf)
         out = call(*args, **kwargs)
-        trace.calls[index].has_state = not is_same(buffers, list(module._buffers.values()))
+        trace.calls[index].has_state |= not is_same(buffers, list(module._buffers.values()))
         self._look_at_attributes()
         self._open.pop()
         self._open_modules.pop()
@@ -254,8 +256,11 @@ class _Tracer(GhostMode):
             self.trace.calls[call].ops.append(len(self.trace.ops) - 1)
         return op
 
-    def ignore_write(self, inputs: list[Ghost]) -> None:
+    def ignore_write(self, inputs: list[Ghost], target: Tensor) -> None:
         self.want(inputs)
+        for call, module in zip(self._open, self._open_modules):
+            buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+            self.trace.calls[call].has_state |= shares_memory(target, buffers)
 
     def want(self, *nest: Any, **more: Any) -> None:
         """Note that the last stage should have the values in ``nest``."""

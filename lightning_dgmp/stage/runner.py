@@ -378,8 +378,9 @@ class StageRunner:
             if not ghost.bound:
                 raise GhostError(
                     f"`training_step` returned a value that depends on {ghost.describe()}, which did not travel to the"
-                    f" last stage. The step ran differently from the first batch, on which the plan was made; make its"
-                    " module calls the same for all batches."
+                    f" last stage. The step ran differently from the first batch, on which the plan was made: make its"
+                    " module calls the same for all batches, or let the one with most calls come first (the longest),"
+                    " or choose other cuts with `split_at`."
                 )
         return map_tensors(lambda t: t.received() if isinstance(t, Ghost) else t, result)
 

@@ -85,7 +85,7 @@ class Skips:
     ) -> tuple[Any, bool]:
         """What ``call`` returns for ghosts, and whether it leaves anything behind in attributes that has values."""
         restore, before = attributes_saved(module), _real_attributes(module)
-        self._mode.written_over = {id(buffer) for buffer in self._root.buffers()}
+        self._mode.written_over = self._root.buffers
         self._mode.draws_noise = self._mode.has_read_values = False  # what happens inside of the module is its owner's
         try:
             with alone(), no_backward_hooks(module), noting_reads(self._mode), self._hiding():
@@ -98,7 +98,7 @@ class Skips:
             ghosts = _ghosts_without_a_predecessor(module, before)
         finally:
             restore()  # ghosts, and the statistics that the owner counts
-            self._mode.written_over, self._mode.draws_noise = set(), True
+            self._mode.written_over, self._mode.draws_noise = tuple, True
         _keep(module, kept | ghosts)
         return out, bool(kept)
 

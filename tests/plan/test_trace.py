@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -60,6 +61,66 @@ def test_nothing_stays_behind() -> None:
     assert random.getstate() == states[0]
     assert numpy.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
+
+
+class Writes(nn.Module):
+    def __init__(self, write: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.write = nn.Linear(4, 4), write
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        self.write(self.mean, x.detach().mean(0))
+        return x - self.mean
+
+
+def add_to_data(mean: Tensor, _: Tensor) -> None:
+    mean.data += 1
+
+
+def set_data(mean: Tensor, _: Tensor) -> None:
+    mean.data = mean + 1
+
+
+def copy_ghost(mean: Tensor, new: Tensor) -> None:
+    mean.copy_(new)
+
+
+def copy_ghost_to_data(mean: Tensor, new: Tensor) -> None:
+    mean.data.copy_(new)
+
+
+def set_data_to_ghost(mean: Tensor, new: Tensor) -> None:
+    mean.data = new
+    assert mean.sum() == 4  # not the memory of a ghost, of which there is none
+
+
+def copy_ghost_to_view(mean: Tensor, new: Tensor) -> None:
+    mean[0].copy_(new[1])
+
+
+GHOSTLY = [copy_ghost, copy_ghost_to_data, set_data_to_ghost, copy_ghost_to_view]
+
+
+@pytest.mark.parametrize("write", [add_to_data, set_data, *GHOSTLY])
+def test_writes_past_the_version_are_seen_and_undone(write: Callable[[Tensor, Tensor], Any]) -> None:
+    module = Writes(write)
+    buffer, place = module.mean, module.mean.data_ptr()
+    assert trace(module, torch.zeros(2, 4)).calls[0].has_state
+    assert module.mean is buffer
+    assert (buffer.data_ptr(), buffer.tolist()) == (place, [1] * 4)
+
+
+def set_data_to_another_shape(mean: Tensor, new: Tensor) -> None:
+    mean.data = new[:2]
+
+
+def test_a_ghost_of_another_shape_cannot_be_the_data_of_a_buffer() -> None:
+    with pytest.raises(
+        GhostError, match=r"one of \(4,\) and torch.float32 was assigned a \(2,\) .* Assign the attribute"
+    ):
+        trace(Writes(set_data_to_another_shape), torch.zeros(2, 4))
 
 
 def test_calls_flops_and_parameters() -> None:
@@ -140,6 +201,7 @@ def test_custom_functions_are_themselves_again() -> None:
     layer.register_forward_hook(lambda _, __, out: made.append(out))
     trace(layer, torch.randn(2, 8))
     assert torch.autograd.Function.__dict__["apply"] is before
+    assert "data" not in torch.Tensor.__dict__
     assert made[0].requires_grad
 
 
