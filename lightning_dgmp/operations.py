@@ -57,6 +57,8 @@ class GhostMode:
         self.written_over: Callable[[], Iterable[Tensor]] = tuple
         #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
         self.draws_noise = True
+        #: Real tensors into which ghosts would have been written, and what has been made of them since.
+        self.stale: list[Tensor] = []
         #: Set when values of real tensors have decided something.
         self.has_read_values = False
 
@@ -87,6 +89,11 @@ class GhostMode:
 
     def ignore_write(self, inputs: list[Ghost], target: Tensor) -> None:
         """Called when ghosts are written into one of ``written_over`` or a view of it, which does nothing."""
+        self.stale.append(target)
+
+    def is_stale(self, tensor: Any) -> bool:
+        """Whether a real tensor has, or is made of, values that only the owner of a buffer changes."""
+        return isinstance(tensor, Tensor) and not isinstance(tensor, Ghost) and shares_memory(tensor, self.stale)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))

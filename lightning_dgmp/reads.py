@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_dgmp.ghost import Ghost
+from lightning_dgmp.nests import tensors_in
+
 if TYPE_CHECKING:
     from lightning_dgmp.operations import GhostMode
 
@@ -31,8 +34,12 @@ class _NotingReads(TorchFunctionMode):
         self._ghosts = mode
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._ghosts.has_read_values |= getattr(func, "__name__", "") in READS
-        return func(*args, **(kwargs or {}))
+        kwargs, mode = kwargs or {}, self._ghosts
+        mode.has_read_values |= getattr(func, "__name__", "") in READS
+        out = func(*args, **kwargs)
+        if mode.stale and any(mode.is_stale(tensor) for tensor in tensors_in((args, kwargs))):
+            mode.stale += [tensor for tensor in tensors_in(out) if not isinstance(tensor, Ghost)]
+        return out
 
 
 class _NotingShapes(TorchDispatchMode):
@@ -52,7 +59,10 @@ class _NotingShapes(TorchDispatchMode):
 
 @contextmanager
 def noting_reads(mode: GhostMode) -> Iterator[None]:
-    """Note in ``mode.has_read_values`` whether values of real tensors decide what code does, or shapes."""
+    """Note in ``mode.has_read_values`` whether values of real tensors decide what code does, or shapes.
+
+    Also note in ``mode.stale`` what is made of tensors that only their owner changes.
+    """
     with _NotingReads(mode), _NotingShapes(mode):
         yield
 

@@ -86,10 +86,13 @@ class Skips:
         """What ``call`` returns for ghosts, and whether it leaves anything behind in attributes that has values."""
         restore, before = attributes_saved(module), _real_attributes(module)
         self._mode.written_over = self._root.buffers
+        self._mode.stale = []
         self._mode.draws_noise = self._mode.has_read_values = False  # what happens inside of the module is its owner's
         try:
             with alone(), no_backward_hooks(module), noting_reads(self._mode), self._hiding():
                 out = call(*args, **kwargs)
+            if self._mode.stale:
+                out = replace_leaves(self._ghost_of_stale, out)
             kept = {
                 key: _copied(value)
                 for key, (value, _) in _real_attributes(module).items()
@@ -101,6 +104,12 @@ class Skips:
             self._mode.written_over, self._mode.draws_noise = tuple, True
         _keep(module, kept | ghosts)
         return out, bool(kept)
+
+    def _ghost_of_stale(self, leaf: Any) -> Any:
+        """``leaf``, or a ghost if its values are known to the owner alone."""
+        if not self._mode.is_stale(leaf):
+            return leaf
+        return self._mode.like(leaf, "a buffer that takes activations", leaf.requires_grad, leaf.device)
 
     def _settings_of(self, path: str) -> tuple[Any, ...]:
         """The attributes of a module and those inside of it that may decide shapes, as ``training`` and sizes."""

@@ -152,3 +152,31 @@ def test_attributes_of_the_lightning_module(pool: WorkerPool) -> None:
             for name in ("steps", "seen"):
                 assert outcome.state[name] == plain.state[name]
             assert outcome.metrics["average"] == pytest.approx(virtual.metrics["average"])
+
+
+class ReturnsItsBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.linear(x)
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return torch.tanh(x), self.mean.clone()
+
+
+class UsesTheBufferOfAnother(models.Base):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.first, self.second, self.out = ReturnsItsBuffer(), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def loss(self, batch: Any) -> Tensor:
+        x, mean = self.first(batch[0])
+        return F.cross_entropy(self.out(torch.tanh(self.second(x)) + mean), batch[1])
+
+
+def test_a_buffer_that_its_owner_alone_knows_is_no_value_elsewhere(pool: WorkerPool) -> None:
+    strategy = {"num_stages": 2, "split_at": ["second"]}
+    results = pool.try_run(fit, 2, UsesTheBufferOfAnother, models.vectors, strategy, 2)
+    assert all("made by a buffer that takes activations" in result.message for result in results), results
