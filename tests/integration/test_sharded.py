@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.distributed.checkpoint import FileSystemWriter
 
 from lightning_dgmp import DelayedMPStrategy
@@ -24,7 +24,7 @@ from lightning_dgmp.world import World
 from tests import models
 from tests.integration.test_checkpoints import fit_and_save
 from tests.pool import Failure, WorkerPool, free_port
-from tests.training import assert_equal
+from tests.training import assert_equal, fit
 
 
 def fit_sharded(folder: str, num_stages: int, virtual: bool = False, **kwargs: Any) -> Any:
@@ -45,6 +45,27 @@ def test_nothing_is_collected(pool: WorkerPool, tmp_path: Path) -> None:
     results = pool.try_run(fit_without_collecting, 2, str(tmp_path), 2)
     assert all(isinstance(result, Failure) for result in results)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+class SavesByRank(Callback):
+    """Saves to a path of its own in each process."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.save_checkpoint(f"{self.folder}/{trainer.global_rank}")
+
+
+def fit_saving_by_rank(folder: str) -> None:
+    strategy = {"num_stages": 2, "save_distributed_checkpoint": True}
+    fit(models.MLP, models.vectors, strategy, 2, callbacks=[SavesByRank(folder)])
+
+
+def test_a_folder_is_never_split(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(fit_saving_by_rank, 2, str(tmp_path))
+    assert os.listdir(tmp_path) == ["0"]
+    assert load_sharded(tmp_path / "0", weights_only=True)["state_dict"].keys() == models.MLP().state_dict().keys()
 
 
 @pytest.mark.parametrize("virtual", [False, True])
