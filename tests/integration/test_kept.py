@@ -88,11 +88,14 @@ class ChangesAnObject(Keeps):
 
 
 class MakesAnObject(Keeps):
+    """In a later batch than the first, which all stages see."""
+
     def keep(self, loss: Tensor, number: int) -> None:
-        self.kept = Result(loss, number)
+        if number > 0:
+            self.kept = Result(loss, number)
 
     def losses(self) -> list[Tensor]:
-        return [self.kept.loss * self.kept.numbers[0]]
+        return [torch.zeros(())] if isinstance(self.kept, list) else [self.kept.loss * self.kept.numbers[0]]
 
 
 class Notes(Callback):
