@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from lightning_dgmp.world import World
 from tests import models
 from tests.integration.test_checkpoints import fit_and_save
 from tests.pool import Failure, WorkerPool, free_port
+from tests.scripts import run
 from tests.training import assert_equal, fit
 
 
@@ -78,7 +78,8 @@ def test_the_folder_has_what_the_file_has(pool: WorkerPool, tmp_path: Path, virt
     for path in paths[:1]:  # each costs the start of a process
         consolidated = tmp_path / "consolidated.ckpt"
         module = "lightning.pytorch.utilities.consolidate_checkpoint"
-        subprocess.run([sys.executable, "-m", module, str(path), "--output_file", str(consolidated)], check=True)
+        done = run([sys.executable, "-m", module, str(path), "--output_file", str(consolidated)])
+        assert done.returncode == 0, done.stderr
         ours = torch.load(consolidated, weights_only=False)
         theirs = torch.load(tmp_path / "file" / path.name, weights_only=True)
         torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
