@@ -89,7 +89,7 @@ def _of_checkpoint(checkpoint: ModelCheckpoint, strategy: DelayedMPStrategy) -> 
             original(trainer, *args, **kwargs)
             return
         is_due = Wish.SAVE in runner.messages.granted or (every >= 1 and trainer.global_step % every == 0)
-        if is_due and checkpoint.monitor is not None:
+        if is_due:  # also the name may have metrics
             strategy.learned.share_results()
         if interval is None:
             original(trainer, *args, **kwargs)

@@ -45,6 +45,8 @@ def intercepted_calls(root: nn.Module, handler: CallHandler, paths: Container[st
             continue
         before = module.__dict__.get("_compiled_call_impl")
         call = before if before is not None else module._call_impl
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            call = partial(_without_fast_path, module, call)
         module.__dict__["_compiled_call_impl"] = partial(_through, handler, call, module, path)
         touched.append((module, before))
     try:
@@ -130,6 +132,46 @@ def _through(
     handler: CallHandler, call: Callable[..., Any], module: nn.Module, path: str, *args: Any, **kwargs: Any
 ) -> Any:
     return handler(call, module, path, args, kwargs)
+
+
+def _without_fast_path(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a part of a Transformer as in training.
+
+    In evaluation torch would make a nested tensor of padded input, which cannot cross a cut, and would not call what is
+    inside of a layer.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        return call(*args, **kwargs)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        if not isinstance(module, nn.TransformerEncoder) or not module.use_nested_tensor:
+            return call(*args, **kwargs)
+        with intercepted_calls(module.layers[-1], partial(_with_zeros_for_padding, module), [""]):
+            return call(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def _with_zeros_for_padding(
+    encoder: nn.TransformerEncoder, call: Callable[..., Any], _: nn.Module, path: str, args: Any, kwargs: Any
+) -> Tensor:
+    """The output of the last layer as a nested tensor would leave it, where torch would make one."""
+    out: Tensor = call(*args, **kwargs)
+    padding = kwargs.get("src_key_padding_mask")
+    if (
+        padding is None
+        or kwargs.get("src_mask") is not None
+        or out.dim() != 3
+        or encoder.layers[0].training
+        or out.requires_grad
+        or torch.is_autocast_enabled()
+    ):
+        return out
+    if encoder.mask_check:
+        shape = padding.new_empty(*padding.shape, 1)
+        if not torch._nested_tensor_from_mask_left_aligned(shape, padding.logical_not()):
+            return out
+    return out.masked_fill(padding.bool().unsqueeze(-1), 0.0)
 
 
 class ParameterSlots:

@@ -7,7 +7,7 @@ over the others get what it left, so that ``on_validation_epoch_end`` and the li
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
 import numpy
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_dgmp.ghost import realised
-from lightning_dgmp.host import LightningModule
-from lightning_dgmp.nests import is_same, leaves, marks
-from lightning_dgmp.objects import is_object_of_user
+from lightning_dgmp.host import LightningModule, rank_zero_warn
+from lightning_dgmp.nests import is_same, leaves, marks, split
+from lightning_dgmp.objects import attributes_of, has_attributes, is_object_of_user
+from lightning_dgmp.parcel import Parcel, can_be_pickled, pack, unpack
 
 __all__ = ["Learned"]
 
 _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), numpy.ndarray, numpy.generic)
+_CONTAINERS = (list, tuple, deque, MutableMapping)
 _OF_MODULES, _OF_LIGHTNING = frozenset(vars(nn.Module())), frozenset(vars(LightningModule()))
 _NOTHING = object()
 _Key = tuple[str, str, str]
@@ -31,7 +33,8 @@ _Attributes = dict[_Key, Any]
 class Learned:
     """The plain attributes of a LightningModule and of its metrics, as far as they have changed.
 
-    Attributes count that are tensors, arrays, numbers or strings, nests or sets of these, or objects with such.
+    Attributes count that are tensors, arrays, numbers or strings, nests or sets of these, or objects with such, and
+    containers with whatever can be pickled.
 
     Args:
         module: The LightningModule.
@@ -46,7 +49,8 @@ class Learned:
         gather: Callable[[Any, str], list[Any]],
     ) -> None:
         self._module, self._share, self._gather = module, share, gather
-        self._marks = {key: marks(value) for key, value in self._attributes()}
+        self._marks = {key: _marks(value) for key, value in self._attributes()}
+        self._warned: set[_Key] = set()
         self._changed: set[_Key] = set()  # before the marks were made
         self._begins, self._has_stepped = True, False
         self._before: dict[_Key, Any] = {}  # the newest step
@@ -61,8 +65,8 @@ class Learned:
         if self._begins:
             now = dict(self._attributes())
             if self._has_stepped:
-                self._changed |= {key for key, value in now.items() if not is_same(self._marks.get(key), value)}
-            self._marks = {key: marks(value) for key, value in now.items()}
+                self._changed |= {key for key, value in now.items() if not _is_same(self._marks.get(key), value)}
+            self._marks = {key: _marks(value) for key, value in now.items()}
             self._watched = self._modules()
         self._begins, self._has_stepped = False, True
         self._before = self._glance()
@@ -78,9 +82,19 @@ class Learned:
 
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
-        for (path, name, inner), value in self._share(self._changes(), "the end of an epoch").items():
+        mine = self._changes()
+        objects = {key[:2]: type(getattr(self._module.get_submodule(key[0]), key[1])) for key in mine if key[2]}
+        kinds = {key: kind for key, kind in objects.items() if can_be_pickled(kind)}
+        theirs, kinds = self._share((mine, kinds), "the end of an epoch")
+        for (path, name, inner), value in theirs.items():
             attributes = self._module.get_submodule(path).__dict__
-            (vars(attributes[name]) if inner else attributes)[inner or name] = value
+            if (kind := kinds.get((path, name))) and inner and type(attributes.get(name)) is not kind:
+                attributes[name] = kind.__new__(kind)  # made by a step
+            entries, entry = (vars(attributes[name]), inner) if inner else (attributes, name)
+            if not isinstance(value, Parcel):
+                entries[entry] = value
+            elif theirs is not mine:
+                entries[entry] = unpack(value, entries.get(entry))
 
     def share_results(self, results: Any = None) -> Any:
         """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
@@ -106,18 +120,36 @@ class Learned:
     def _changes(self) -> _Attributes:
         now = dict(self._attributes())
         changed = {
-            key: value for key, value in now.items() if key in self._changed or not is_same(self._marks.get(key), value)
+            key: value
+            for key, value in now.items()
+            if key in self._changed or not _is_same(self._marks.get(key), value)
         }
-        self._marks, self._changed = {key: marks(value) for key, value in now.items()}, set()
+        self._marks, self._changed = {key: _marks(value) for key, value in now.items()}, set()
         self._begins, self._has_stepped = True, False
-        return changed
+        return {key: value for key, item in changed.items() if (value := self._packed(key, item)) is not _NOTHING}
+
+    def _packed(self, key: _Key, value: Any) -> Any:
+        """As what a changed ``value`` travels, or ``_NOTHING``."""
+        if not isinstance(value, _CONTAINERS) or (_is_plain(value) and can_be_pickled(split(value)[0])):
+            return value
+        try:
+            return pack(value)
+        except Exception as error:
+            if key not in self._warned:
+                self._warned.add(key)
+                rank_zero_warn(
+                    f"What steps keep must be something that can be pickled to reach all stages, but"
+                    f" `{'.'.join(filter(None, key))}` stays on the last stage ({error}): keep tensors, numbers or"
+                    " objects of classes of a module."
+                )
+            return _NOTHING
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
         modules = self._module.named_modules()
         return [(path, m) for path, m in modules if not path or isinstance(m, (Metric, MetricCollection))]
 
     def _attributes(self) -> Iterator[tuple[_Key, Any]]:
-        return ((key, realised(item)) for key, item in self._candidates(self._modules()) if _is_plain(item))
+        return ((key, _realised(item)) for key, item in self._candidates(self._modules()) if _can_be_kept(item))
 
     def _candidates(self, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[_Key, Any]]:
         for path, module in modules:
@@ -134,6 +166,35 @@ def _look(value: Any) -> Any:
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
         return type(value), repr(value) if isinstance(value, float) else value  # a NaN is itself
     return id(value), len(value) if isinstance(value, (list, dict, set, deque)) else 0
+
+
+def _can_be_kept(value: Any) -> bool:
+    return isinstance(value, _CONTAINERS) or _is_plain(value)
+
+
+def _realised(value: Any) -> Any:
+    return realised(value) if _is_plain(value) else value
+
+
+def _marks(value: Any) -> Any:
+    return marks(value) if _is_plain(value) else _glimpse(value)
+
+
+def _is_same(before: Any, value: Any) -> bool:
+    return is_same(before, value) if _is_plain(value) else bool(before == _glimpse(value))
+
+
+def _glimpse(value: Any) -> tuple[Any, ...]:
+    """What shows most changes of a container with objects, and of the attributes of these."""
+    try:
+        items = leaves(value)
+    except Exception:  # as in `_is_plain`
+        return (_look(value),)
+    inside = [
+        {name: _look(item) for name, item in attributes_of(leaf).items()} if has_attributes(leaf) else None
+        for leaf in items
+    ]
+    return _look(value), list(map(_look, items)), inside
 
 
 def _is_plain_set(value: Any) -> bool:

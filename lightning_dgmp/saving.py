@@ -102,7 +102,8 @@ class SavingStrategy(MeshStrategy):
             checkpoint.update({} if state is None else {key: state})
         if self._is_sharded:
             group = None if self._world is None else self._world.group
-            save_sharded(checkpoint, Path(filepath), group, self.is_global_zero, self.barrier)
+            path = Path(self.broadcast(filepath))  # one folder, whatever callbacks name it in each process
+            save_sharded(checkpoint, path, group, self.is_global_zero, self.barrier)
             return
         is_plain = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
         if not is_plain:

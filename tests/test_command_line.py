@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_dgmp.__main__ import main
-from tests.integration.test_launchers import ROOT, environment
+from tests.scripts import ROOT
+from tests.scripts import run as run_script
 
 MODELS = str(ROOT / "tests" / "models.py")
 
@@ -201,7 +201,7 @@ def test_run_needs_no_import(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "lightning_dgmp", "run", str(script), "--epochs", "1"]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_script(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rank (\d) of 2 made 34 steps", done.stdout)) == ["0", "1"]  # lines may run into another
 

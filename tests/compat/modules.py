@@ -95,6 +95,7 @@ ACCEPTED = {
     "HuggingFaceBert": Case(text.HuggingFaceBert, data.sentences),
     "MaskedLM": Case(text.MaskedLM, data.tokens, "val_loss", _deterministic()),
     "Seq2Seq": Case(sequences.Seq2Seq, data.translations),
+    "PaddedEncoder": Case(sequences.PaddedEncoder, data.ragged),
     "LSTMForecaster": Case(sequences.LSTMForecaster, data.series, tolerance=ADAM),
     # Packing reads its input, so what is behind it belongs to one stage.
     "PackedGRU": Case(sequences.PackedGRU, data.ragged, tolerance=ADAM, may_work=True),

@@ -56,6 +56,37 @@ class Seq2Seq(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
+class PaddedEncoder(LightningModule):
+    """`nn.TransformerEncoder` with `src_key_padding_mask`, which makes nested tensors in evaluation."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, width, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(width, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=4, norm=nn.LayerNorm(width))
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.encoder(self.embedding(ids), src_key_padding_mask=ids == 0)
+
+    def loss(self, batch: Any) -> Tensor:
+        ids, _, label = batch
+        logits = self.out(self(ids).mean(dim=1)).squeeze(1)  # over the padding too
+        return F.binary_cross_entropy_with_logits(logits, label.float())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), batch_size=len(batch[1]))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
 class LSTMForecaster(LightningModule):
     """Time series: stacked LSTMs with their states, forecast from the last step."""
 

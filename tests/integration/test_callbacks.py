@@ -115,6 +115,21 @@ def fit_to_save_the_best(folder: str, arguments: dict[str, Any], virtual: bool) 
     return checkpoint.best_model_score.item()
 
 
+@pytest.mark.parametrize("arguments", [{"every_n_train_steps": 5}, {"train_time_interval": timedelta(seconds=0.2)}])
+def test_a_training_metric_in_the_name_of_a_checkpoint(
+    pool: WorkerPool, tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    names = pool.run(fit_to_save_by_name, 2, str(tmp_path), arguments)
+    assert names[0] == names[1]
+    assert [path.name for path in tmp_path.iterdir()] == [names[0]]
+
+
+def fit_to_save_by_name(folder: str, arguments: dict[str, Any]) -> str:
+    checkpoint = ModelCheckpoint(folder, filename="{step}-{loss:.6f}", **arguments)
+    fit(Slow, models.vectors, {"num_stages": 2}, 2, callbacks=[checkpoint], enable_checkpointing=True)
+    return Path(checkpoint.best_model_path).name
+
+
 def rates_seen(virtual: bool) -> Any:
     args = {"callbacks": [LearningRateMonitor("step")], "module_args": {"optimizer": "adamw"}}
     strategy = {"num_stages": 3, "virtual": virtual}

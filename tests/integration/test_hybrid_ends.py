@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from tests import models
 from tests.integration.test_hybrid import assert_agree, fit_on
-from tests.integration.test_launchers import ROOT, environment
 from tests.integration.test_signals import Signals
 from tests.pool import Failure, WorkerPool
+from tests.scripts import run
 from tests.training import Outcome, assert_equal, fit
 
 
@@ -97,8 +98,7 @@ if __name__ == "__main__":
 def test_a_killed_process_ends_all(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [os.sys.executable, str(script)]
-    result = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    result = run([sys.executable, str(script)], limit=100)
     assert result.returncode != 0
     assert "lost" in result.stderr
     left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,9 +11,8 @@ import pytest
 
 from tests import models
 from tests.pool import WorkerPool, free_port
+from tests.scripts import environment, finish, run, start
 from tests.training import fit
-
-ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 from lightning.pytorch import Trainer, seed_everything
@@ -40,10 +38,6 @@ if __name__ == "__main__":
 """
 
 
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
-
-
 def write(folder: Path, strategy: str = "delayed_mp", fails_on: int = -1) -> str:
     path = folder / "script.py"
     path.write_text(SCRIPT.format(strategy=strategy, fails_on=fails_on))
@@ -59,9 +53,7 @@ def result(output: str) -> str:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = write(tmp_path_factory.mktemp("subprocess"))
-    done = subprocess.run(
-        [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run([sys.executable, path])
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2 stages:") == 1
     return result(done.stdout)
@@ -75,7 +67,7 @@ def test_subprocesses(expected: str, pool: WorkerPool) -> None:
 
 def test_spawn(expected: str, tmp_path: Path) -> None:
     command = [sys.executable, write(tmp_path, "delayed_mp_spawn")]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run(command)
     assert done.returncode == 0, done.stderr
     assert result(done.stdout) == expected
 
@@ -120,7 +112,7 @@ def test_lightning_cli(tmp_path: Path) -> None:
     script.write_text(COMMAND)
     config.write_text(CONFIG)
     command = [sys.executable, str(script), "fit", "--config", str(config)]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert result(done.stdout) == "SUM 2 loss val_loss"
 
@@ -131,7 +123,7 @@ def test_lightning_cli_with_the_name_of_the_strategy(tmp_path: Path) -> None:
     options = {"strategy": "delayed_mp", "accelerator": "cpu", "devices": 2, "max_epochs": 1, "logger": "false"}
     options |= {"enable_progress_bar": "false", "enable_checkpointing": "false"}
     command = [sys.executable, str(script), "fit", *(f"--trainer.{name}={value}" for name, value in options.items())]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert result(done.stdout) == "SUM 2 loss val_loss"
 
@@ -175,18 +167,14 @@ def test_the_standalone_package(tmp_path: Path, first: int) -> None:
     path = tmp_path / "script.py"
     imports = ["import pytorch_lightning as pl", "import lightning_dgmp"]
     path.write_text(STANDALONE.replace("{imports}", "\n".join([imports[first], imports[1 - first]])))
-    done = subprocess.run(
-        [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run([sys.executable, path])
     assert done.returncode == 0, done.stderr
     assert result(done.stdout) == "SUM val_loss"
 
 
 def test_torchrun(expected: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run(
-        [*command, write(tmp_path)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = run([*command, write(tmp_path)])
     assert done.returncode == 0, done.stderr
     assert result(done.stdout) == expected
 
@@ -200,21 +188,17 @@ def test_slurm(expected: str, tmp_path: Path) -> None:
             "NODEID": "0", "NNODES": "1", "JOB_ID": "1", "NODELIST": "127.0.0.1",
         }  # fmt: skip
         env = environment(MASTER_PORT=port, MASTER_ADDR="127.0.0.1", **{f"SLURM_{k}": v for k, v in slurm.items()})
-        command = [sys.executable, script]
-        pipe = subprocess.PIPE
-        tasks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
-    outputs = [task.communicate(timeout=120) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
-    assert result(outputs[0][0]) == expected
+        tasks.append(start([sys.executable, script], env=env))
+    done = finish(*tasks, limit=120)
+    assert [task.returncode for task in done] == [0, 0], done
+    assert result(done[0].stdout) == expected
 
 
 @pytest.mark.parametrize("fails_on", [0, 1])
 def test_all_processes_end_when_one_fails(tmp_path: Path, fails_on: int) -> None:
     started = time.monotonic()
     path = write(tmp_path, fails_on=fails_on)
-    done = subprocess.run(
-        [sys.executable, path], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = run([sys.executable, path], limit=60)
     assert time.monotonic() - started < 60
     assert done.returncode != 0
     assert "ZeroDivisionError: the user's own error" in done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.distributed.checkpoint import FileSystemWriter
 
 from lightning_dgmp import DelayedMPStrategy
@@ -24,7 +23,8 @@ from lightning_dgmp.world import World
 from tests import models
 from tests.integration.test_checkpoints import fit_and_save
 from tests.pool import Failure, WorkerPool, free_port
-from tests.training import assert_equal
+from tests.scripts import run
+from tests.training import assert_equal, fit
 
 
 def fit_sharded(folder: str, num_stages: int, virtual: bool = False, **kwargs: Any) -> Any:
@@ -47,6 +47,27 @@ def test_nothing_is_collected(pool: WorkerPool, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+class SavesByRank(Callback):
+    """Saves to a path of its own in each process."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.save_checkpoint(f"{self.folder}/{trainer.global_rank}")
+
+
+def fit_saving_by_rank(folder: str) -> None:
+    strategy = {"num_stages": 2, "save_distributed_checkpoint": True}
+    fit(models.MLP, models.vectors, strategy, 2, callbacks=[SavesByRank(folder)])
+
+
+def test_a_folder_is_never_split(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(fit_saving_by_rank, 2, str(tmp_path))
+    assert os.listdir(tmp_path) == ["0"]
+    assert load_sharded(tmp_path / "0", weights_only=True)["state_dict"].keys() == models.MLP().state_dict().keys()
+
+
 @pytest.mark.parametrize("virtual", [False, True])
 def test_the_folder_has_what_the_file_has(pool: WorkerPool, tmp_path: Path, virtual: bool) -> None:
     processes = 1 if virtual else 3
@@ -57,7 +78,8 @@ def test_the_folder_has_what_the_file_has(pool: WorkerPool, tmp_path: Path, virt
     for path in paths[:1]:  # each costs the start of a process
         consolidated = tmp_path / "consolidated.ckpt"
         module = "lightning.pytorch.utilities.consolidate_checkpoint"
-        subprocess.run([sys.executable, "-m", module, str(path), "--output_file", str(consolidated)], check=True)
+        done = run([sys.executable, "-m", module, str(path), "--output_file", str(consolidated)])
+        assert done.returncode == 0, done.stderr
         ours = torch.load(consolidated, weights_only=False)
         theirs = torch.load(tmp_path / "file" / path.name, weights_only=True)
         torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)

@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dgmp import DelayedMPStrategy
 from tests import models
-from tests.integration.test_launchers import ROOT, environment
 from tests.pool import WorkerPool
+from tests.scripts import finish, start
 from tests.training import fit
 
 
@@ -177,23 +177,14 @@ def send(folder: Path, function: str, whom: str, signum: int) -> str:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), str(folder), function]
-    pipe = subprocess.PIPE
     # A shell that runs the tests in the background lets them ignore interrupts, and their children would too.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
-        preexec_fn=heed,
-    )
+    process = start(command, start_new_session=True, preexec_fn=heed)
     try:
         deadline = time.monotonic() + 100
         while not ((folder / "0").exists() and (folder / "1").exists()):
-            assert time.monotonic() < deadline
+            if time.monotonic() > deadline:
+                finish(process, limit=0)
             assert process.poll() is None, process.communicate()
             time.sleep(0.2)
         time.sleep(0.5)  # the files are written
@@ -201,7 +192,7 @@ def send(folder: Path, function: str, whom: str, signum: int) -> str:
             os.killpg(process.pid, signum)
         else:
             os.kill(int((folder / whom).read_text()), signum)
-        _, errors = process.communicate(timeout=60)
+        errors = finish(process, limit=60)[0].stderr
         left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
         assert not left, "a process was left behind"
     finally:

@@ -251,7 +251,7 @@ class Noisy(models.MLP):
 
     def __init__(self) -> None:
         super().__init__()
-        self.drawn: list[Any] = [print]  # a list with a function in it is not shared, so each stage has its own
+        self.drawn: list[Any] = [lambda: 0]  # cannot be pickled, so it is not shared, and each stage has its own
 
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
