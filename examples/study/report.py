@@ -201,7 +201,7 @@ _LEGEND = """\
   there too has not been tried, so a part of its gain may not be due to the delay.
 - Accumulation makes an update of several smaller batches, so all methods see the same tokens an update. With
   Transformer-XL the parts of an update are then consecutive segments of fewer streams.
-- Runs are short. A delay costs most at the beginning, so longer trainings lose a smaller share of their batches.
+- Runs are short, and say nothing of longer trainings.
 """
 
 
