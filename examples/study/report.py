@@ -112,7 +112,8 @@ def _in_short(results: Results) -> str:
     first = (
         f"The recommendation is **{method} with {_NAMES[optimizer]}**:\n\n```python\n{RECOMMENDED_CODE}\n```\n\n"
         "The goal: against one stage with the same optimizer at its own best learning rate, K = 4 needs at most 2 % and"
-        " K = 8 at most 5 % more batches to the same loss."
+        " K = 8 at most 5 % more batches to the same loss. Speed-ups take the time per batch of full batches: the"
+        " smaller batches of accumulation cost extra, measured by `examples/benchmarks/throughput.py --only options`."
     )
     pairs = (("adamw", "bare"), RECOMMENDED)
     tables = []
