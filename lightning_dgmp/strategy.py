@@ -67,11 +67,14 @@ class DelayedMPStrategy(StartingStrategy):
             contributes now, fresh on the last stage and old on the first. That makes the ends of a pipeline wait for
             each other, so it is for ``virtual=True``.
         virtual: Train on one device with exactly the delays of ``num_stages`` stages.
-        predict_weights: Run forwards with the weights that gradients are expected to meet, by the optimizer's momentum.
+        predict_weights: Run forwards with the weights that gradients are expected to meet, by the optimizer's momentum
+            (SpecTrain, arXiv 1809.02839; XPipe, arXiv 1911.04610; FTPipe, Eliad et al., USENIX ATC 2021).
         lr_discount_steps: For so many steps a gradient that is ``d`` updates old changes its parameters by less, at
-            first by ``1 / d`` (PipeMare).
-        correct_updates: Twice the update less the one before it, where gradients are old (one-step correction).
-        synchronous_steps: So many steps without delays come first: stages wait for each other.
+            first by ``1 / d`` (T1 of PipeMare, Yang et al., MLSys 2021).
+        correct_updates: Twice the update less the one before it, where gradients are old (one-step correction, arXiv
+            2606.30634).
+        synchronous_steps: So many steps without delays come first: stages wait for each other (T3 of PipeMare, and the
+            warm-up of Ouroboros).
         balance: By what cuts make the stages equal: ``"flops"``, a guess from the trace; ``"measured"``, the times of
             the first iterations, by which cuts move at the next flush if that makes the slowest stage faster by more
             than 5 %.

@@ -64,6 +64,35 @@ def test_prediction_is_the_momentum_continued(momentum: float) -> None:
     assert descent.forward() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("num_steps", "tolerance"), [(1, None), (3, None), (300, 0.01)])
+def test_prediction_for_adamw_is_its_last_update_continued(num_steps: int, tolerance: float | None) -> None:
+    """By hand from its moments; later on that is FTPipe's rule, but for the weight decay of the steps to come."""
+    lr, (b1, b2), eps, decay = 0.01, (0.9, 0.999), 1e-8, 0.1
+    x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = torch.optim.AdamW([x], lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay)
+    updates = Updates(Remedies(predict_weights=True), [optimizer], {x: 3}, lambda: Moment(0, 1, 0, 100, False))
+    last = m = v = 0.0
+    for t in range(1, num_steps + 1):
+        last = float(x.detach())
+        grad = 1.0 + t % 3
+        m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+        x.grad = torch.tensor([grad], dtype=torch.float64)
+        optimizer.step()
+    now, ours = float(x.detach()), float(updates.predicted({"x": x})["x"].detach())
+    step = m / (1 - b1**num_steps) / ((v / (1 - b2**num_steps)) ** 0.5 + eps)
+    assert now == pytest.approx(last - lr * decay * last - lr * step, rel=1e-12)
+    assert ours == pytest.approx(now - (lr * decay * last + lr * step) * (b1 + b1**2 + b1**3), rel=1e-12)
+
+    ftpipe = now
+    for t, factor in zip(range(num_steps + 1, num_steps + 4), (b1, b1**2, b1**3)):
+        ftpipe -= lr * decay * ftpipe
+        ftpipe -= lr * factor * m / (1 - b1**t) / ((v / (1 - b2**t)) ** 0.5 + eps)
+    if tolerance is None:  # as for the bias, the first gradients count for more here
+        assert ours < ftpipe
+    else:
+        assert ours - now == pytest.approx(ftpipe - now, rel=tolerance, abs=3 * lr * decay * abs(now))
+
+
 def test_prediction_looks_ahead_by_updates() -> None:
     """With M = 4 and a delay of 3, the first batch of an update is in that update, the others in the next."""
     descent = Descent({"predict_weights": True}, 3, accumulate=4, momentum=0.9)

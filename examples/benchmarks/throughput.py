@@ -15,7 +15,8 @@ emulated   The blocks of the model *sleep* (15 ms forward and 30 ms backward, sa
            8 or 11 stages can be timed on two cores, also with links between them on which messages take longer. It
            measures the schedule and the runtime, not arithmetic, and says nothing about the speed of a machine. Every
            such row is labelled.
-options    What an option of this project costs: the same model on two stages, with and without it, in percent.
+options    What an option of this project costs: the same model on two stages, with and without it, in percent. With
+           accumulation also per update of as many rows: K batches of a K-th of them against one of all.
 monitor    The same of the monitor, with TensorBoard and all defaults, on steps of 50 ms (emulated).
 overhead   What this project adds to a step in Python, per process: see :func:`measure_overhead`.
 
@@ -40,7 +41,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "correct_updates=True": {"strategy_args": {"correct_updates": True}},
     'precision="bf16-mixed"': {"precision": "bf16-mixed"},
     "gradient_clip_val=1.0": {"gradient_clip_val": 1.0},
+    'gradient_clip_val=1.0, gradient_clip_algorithm="value"': {
+        "gradient_clip_val": 1.0,
+        "gradient_clip_algorithm": "value",
+    },
     "accumulate_grad_batches=2": {"accumulate_grad_batches": 2},
 }
 LATENCY = 0.06  # seconds
@@ -87,7 +92,8 @@ class Row:
         options: Its further arguments.
         warmup: How many batches are not measured.
         scale: How many times ``--batches`` are measured.
-        seconds: A batch, one entry a round.
+        parts: How many batches of as many times fewer rows stand for a batch, as with accumulation.
+        seconds: A batch, or its parts, one entry a round.
         cuts: The first module of each stage, for rows of this project.
         predicted: What the simulator says of a batch, from what the stages were busy with, one entry a round.
     """
@@ -100,6 +106,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     warmup: int = 3
     scale: int = 1
+    parts: int = 1
     seconds: list[float] = field(default_factory=list)
     cuts: tuple[str, ...] = ()
     predicted: list[float] = field(default_factory=list)
@@ -131,6 +138,10 @@ def option_rows(quick: bool) -> list[Row]:
         row = _delayed("options", TRANSFORMER, 2)
         row.name, row.options = name, options
         rows.append(row)
+    halves = _delayed("options", replace(TRANSFORMER, batch_size=TRANSFORMER.batch_size // 2), 2)
+    halves.name, halves.options = "accumulate_grad_batches=2 of half the rows", {"accumulate_grad_batches": 2}
+    halves.parts = 2
+    rows.append(halves)
     return rows[:3] if quick else rows
 
 
@@ -189,8 +200,9 @@ def measure(pool: Pool, rows: Sequence[Row], rounds: int, batches: int) -> None:
     for number in range(rounds):
         start = time.perf_counter()
         for row in rows if number % 2 == 0 else rows[::-1]:
-            spent = pool.run(row.function, row.num_processes, row.spec, row.warmup, batches * row.scale, **row.options)
-            row.seconds.append(max(one.wall for one in spent))
+            count = batches * row.scale * row.parts
+            spent = pool.run(row.function, row.num_processes, row.spec, row.warmup, count, **row.options)
+            row.seconds.append(row.parts * max(one.wall for one in spent))
             row.cuts = spent[0].cuts
             if row.function is peers.run_delayed and not row.options.get("num_replicas") and spent[0].busy:
                 costs = [StageCost(*one.busy) for one in spent[::-1] if one.busy]

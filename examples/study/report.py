@@ -25,6 +25,12 @@ __all__ = ["figures", "page"]
 
 _NAMES = {"adamw": "AdamW", "nadamw": "NAdamW (0.99)", "muon": "Muon", "rotated": "RotatedAdamW"}
 _GOALS = {4: 1.02, 8: 1.05}
+_CAUSES = {  # why a delay may cost more if embeddings are tied, by what takes each away
+    "large embeddings": "Tokens are small beside their positions",
+    "synchronous beginning": "The matrix is led astray at the very beginning",
+    "small tied steps": "The steps of the shared matrix are too large",
+    "paper's rule": "The gradient of the output side is as old as that of the input side",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,6 +55,7 @@ def page(results: Results) -> str:
         if table := _table(group.cells, results):
             parts += [f"## {group.title}", f"{group.remark} {_sizes(group, results)}".strip(), table]
             parts += [_delay_costs(results)] if group.name == "tied" else []
+            parts += [_why_tied(results)] if group.name == "tied-remedies" else []
             parts += [f"![{name}]({name})" for name in _FIGURES.get(group.name, ()) if name in drawn]
     parts += ["## What did not help", _without_effect(results) or "Nothing that has been tuned so far."]
     parts += ["## How to read this", _LEGEND]
@@ -67,8 +74,10 @@ def _how(results: Results) -> str:
     hours = sum(row["seconds"] for row in rows) / 3600
     return (
         f"Made by `examples/study/report.py` from `results.jsonl`, which `examples/study/run.py` has written: {done} of"
-        f" {planned} planned runs, {hours:.1f} hours of one thread, pauses of the machine included.{missing} Text:"
-        f" {'; '.join(texts)}. Its bits per character must not be set beside published ones. Software:"
+        f" {planned} planned runs, {hours:.1f} hours of one thread, pauses of the machine included. At this rate all"
+        f" take {hours / len(rows) * planned:.0f} hours of one thread; the most informative come first, `--hours` ends"
+        f" the study anywhere, and it goes on where it was.{missing} Text: {'; '.join(texts)}."
+        " Its bits per character must not be set beside published ones. Software:"
         f" {'; '.join(versions)}."
     )
 
@@ -103,7 +112,8 @@ def _in_short(results: Results) -> str:
     first = (
         f"The recommendation is **{method} with {_NAMES[optimizer]}**:\n\n```python\n{RECOMMENDED_CODE}\n```\n\n"
         "The goal: against one stage with the same optimizer at its own best learning rate, K = 4 needs at most 2 % and"
-        " K = 8 at most 5 % more batches to the same loss."
+        " K = 8 at most 5 % more batches to the same loss. Speed-ups take the time per batch of full batches: the"
+        " smaller batches of accumulation cost extra, measured by `examples/benchmarks/throughput.py --only options`."
     )
     pairs = (("adamw", "bare"), RECOMMENDED)
     tables = []
@@ -150,22 +160,48 @@ def _table(cells: Iterable[Cell], results: Results) -> str:
 
 def _delay_costs(results: Results) -> str:
     """The bits that a delay costs, tied and untied, as far as they are known."""
-    small = {"model": "transformer", "layers": 8}
     lines = []
     for optimizer, method in (("adamw", "bare"), ("adamw", "large embeddings"), (RECOMMENDED[0], "bare"), RECOMMENDED):
         for stages in (4, 8):
-            costs = []
-            for tied in (False, True):
-                delayed = _of(method, **small, tied=tied, optimizer=optimizer, stages=stages)
-                found = [
-                    m for cells in (delayed, _alone(method, tied, optimizer)) for m in _all_measured(cells, results)
-                ]
-                costs.append(f"{_difference(*found):+.3f}" if len(found) == 2 else "")
+            found = [_delay_cost(method, tied, optimizer, stages, results) for tied in (False, True)]
+            costs = ["" if cost is None else f"{cost:+.3f}" for cost in found]
             if any(costs):
                 lines.append(f"| {stages} | {_NAMES[optimizer]} | {method} | {' | '.join(costs)} |")
     head = "| K | optimizer | method | untied | tied |\n|---|---|---|---|---|"
     text = "What the delay costs at the end of training, in bits per character against one stage:"
     return "\n".join([text, "", head, *lines]) if lines else ""
+
+
+def _why_tied(results: Results) -> str:
+    """By how much more a delay costs if embeddings are tied, and what of that the causes tried would explain."""
+    both = {k: [_delay_cost("bare", tied, "adamw", k, results) for tied in (False, True)] for k in (4, 8)}
+    known = {k: (untied, tied) for k, (untied, tied) in both.items() if untied is not None and tied is not None}
+    if not known:
+        return ""
+    costs = "; ".join(
+        f"for K = {k} {tied:+.3f} bits tied and {untied:+.3f} untied, {tied - untied:+.3f} for tying"
+        for k, (untied, tied) in known.items()
+    )
+    lines = ["", "Causes tried for K = 4, by what the delay costs without them:", ""] if 4 in known else []
+    for method, cause in _CAUSES.items():
+        cost = _delay_cost(method, True, "adamw", 4, results)
+        if 4 in known and cost is not None:
+            gain = known[4][1] - cost
+            verdict = f"{gain:.3f} bits less, so it may have a part in it" if gain > 0 else "not less, so it is refuted"
+            lines.append(f"- {cause} ({method}): {cost:+.3f} instead of {known[4][1]:+.3f}, {verdict}.")
+    open_cause = (
+        "Not tried: that AdamW has one second moment for the sparse gradients of the input side and the dense ones of"
+        " the output side. That would need an optimizer to which each side gives its gradient apart."
+    )
+    return "\n".join([f"What the delay costs, each at its own best learning rate: {costs}.", *lines, "", open_cause])
+
+
+def _delay_cost(method: str, tied: bool, optimizer: str, stages: int, results: Results) -> float | None:
+    """The bits at the end of training against one stage; ``None``: not known."""
+    small = {"model": "transformer", "layers": 8}
+    delayed = _of(method, **small, tied=tied, optimizer=optimizer, stages=stages)
+    found = [m for cells in (delayed, _alone(method, tied, optimizer)) for m in _all_measured(cells, results)]
+    return _difference(*found) if len(found) == 2 else None
 
 
 def _alone(method: str, tied: bool, optimizer: str) -> list[Cell]:
@@ -201,7 +237,7 @@ _LEGEND = """\
   there too has not been tried, so a part of its gain may not be due to the delay.
 - Accumulation makes an update of several smaller batches, so all methods see the same tokens an update. With
   Transformer-XL the parts of an update are then consecutive segments of fewer streams.
-- Runs are short. A delay costs most at the beginning, so longer trainings lose a smaller share of their batches.
+- Runs are short, and say nothing of longer trainings.
 """
 
 

@@ -1,12 +1,13 @@
 """Run the study: short trainings by virtual stages, one after another, each a line of JSON.
 
-    python examples/study/run.py --data enwik8.gz                # two hours on two cores
+    python examples/study/run.py --data enwik8.gz                # the first two hours of it
     python examples/study/run.py --data enwik8.gz --only bare    # the runs of one group
     python examples/study/run.py --list                          # what is there and what is missing
     python examples/study/report.py                              # RESULTS.md, from what is there
 
-Every run is appended to ``results.jsonl`` when it ends, and what is there is not run again: stop the study whenever you
-like, and start it again. The text may be plain, .gz or .zip; runs on different texts do not belong into one file.
+All runs take four to eight hours on two cores. The most informative come first, ``--hours`` ends the study anywhere,
+and it goes on where it was: every run is appended to ``results.jsonl`` when it ends, and what is there is not run
+again. The text may be plain, .gz or .zip; runs on different texts do not belong into one file.
 """
 
 from __future__ import annotations

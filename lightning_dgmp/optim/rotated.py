@@ -19,6 +19,8 @@ from torch.optim.optimizer import ParamsT
 
 __all__ = ["RotatedAdamW"]
 
+_TIE_BREAK = 1e-3  # of the mean eigenvalue: far more than rounding, far less than what matters
+
 
 class RotatedAdamW(Optimizer):
     r"""AdamW for matrices in a basis that slowly follows their gradients, and plain AdamW for all other parameters.
@@ -30,13 +32,15 @@ class RotatedAdamW(Optimizer):
         W <- (1 - lr wd) W - lr U [ (U^T M V) / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) ] V^T
         L <- b2 L + (1 - b2) G G^T          (m, m)
         R <- b2 R + (1 - b2) G^T G          (n, n)
-        U, V <- Q of QR(L U), QR(R V)       (m, m), (n, n)  every `refresh_every` updates
+        U, V <- Q of QR(L' U), QR(R' V)     (m, m), (n, n)  every `refresh_every` updates
 
     ``eps`` is added after the bias correction, as in :class:`torch.optim.AdamW`, which this is for ``U = V = I``. Bases
     change last, so a gradient is never measured in a basis that it has shaped itself.
 
     The first gradient that is not zero gives ``L``, ``R`` and their eigenbases. Up to and with it, a matrix changes by
-    weight decay alone.
+    weight decay alone. A null space, as one side of a matrix that is not square has then, gets its basis by the order
+    of the coordinates and keeps it, not by rounding: ``L'`` and ``R'`` have a thousandth of their mean eigenvalue more
+    on the diagonal.
 
     Besides the two moments, a matrix keeps four square factors, of ``2 (m^2 + n^2)`` numbers. Statistics are kept in
     float32, or float64 for such parameters. Every option can differ from group to group::
@@ -190,14 +194,25 @@ def _moments(grad: Tensor) -> dict[str, Tensor]:
 
 
 def _bases(grad: Tensor, beta: float) -> dict[str, Tensor]:
-    left, right = (1 - beta) * (grad @ grad.T), (1 - beta) * (grad.T @ grad)
     return {
-        "left_gram": left,
-        "right_gram": right,
-        # Contiguous, as all checkpoints bring them back: other strides may round otherwise.
-        "left_basis": torch.linalg.eigh(left).eigenvectors.contiguous(),
-        "right_basis": torch.linalg.eigh(right).eigenvectors.contiguous(),
+        "left_gram": (1 - beta) * (grad @ grad.T),
+        "right_gram": (1 - beta) * (grad.T @ grad),
+        "left_basis": _eigenbasis(grad),
+        "right_basis": _eigenbasis(grad.T),
     }
+
+
+def _eigenbasis(grad: Tensor) -> Tensor:
+    """The eigenvectors of ``G G^T``, and where eigenvalues are equal those that the coordinates choose.
+
+    One of the two products has a null space unless the matrix is square. A basis of it by rounding alone would be
+    another one in another process. In single precision rounding would still be as large as the gaps that are made here.
+    """
+    gram = grad.double() @ grad.double().T
+    order = torch.linspace(0, 1, len(gram), dtype=gram.dtype, device=gram.device)
+    gram.diagonal().add_(order * (_TIE_BREAK * gram.diagonal().mean()))
+    # Contiguous, as all checkpoints bring them back: other strides may round otherwise.
+    return torch.linalg.eigh(gram).eigenvectors.to(grad.dtype).contiguous()
 
 
 def _direction(state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
@@ -234,4 +249,5 @@ def _refreshed(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """
     powers = gram @ basis
     order = (basis * powers).sum(0).argsort(descending=True)
+    powers += _TIE_BREAK * gram.diagonal().mean() * basis  # a null space keeps its basis, instead of one by rounding
     return torch.linalg.qr(powers[:, order]).Q.contiguous(), order
