@@ -32,12 +32,21 @@ __all__ = [
 CallHandler = Callable[[Callable[..., Any], nn.Module, str, tuple[Any, ...], dict[str, Any]], Any]
 
 
+class _Call(partial):  # type: ignore[type-arg]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _nothing, ()
+
+
+def _nothing() -> None: ...
+
+
 @contextmanager
 def intercepted_calls(root: nn.Module, handler: CallHandler, paths: Container[str] | None = None) -> Iterator[None]:
     """Send every call of ``root`` and its submodules, hooks included, through ``handler``; of ``paths`` alone if given.
 
     ``nn.Module.__call__`` looks for ``_compiled_call_impl`` on the instance first (that is how ``module.compile()``
-    works), so nothing is patched but the instances, and copies or pickles of them made meanwhile are clean.
+    works), so nothing is patched but the instances, and copies or pickles of them made meanwhile are clean: modules
+    leave it out, and metrics of torchmetrics, which do not, get ``None``.
     """
     touched: list[tuple[nn.Module, Any]] = []
     for path, module in root.named_modules():
@@ -47,7 +56,7 @@ def intercepted_calls(root: nn.Module, handler: CallHandler, paths: Container[st
         call = before if before is not None else module._call_impl
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
             call = partial(_without_fast_path, module, call)
-        module.__dict__["_compiled_call_impl"] = partial(_through, handler, call, module, path)
+        module.__dict__["_compiled_call_impl"] = _Call(_through, handler, call, module, path)
         touched.append((module, before))
     try:
         yield

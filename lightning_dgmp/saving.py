@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgmp.host import TorchCheckpointIO
+from lightning_dgmp.host import LightningModule, MisconfigurationException, TorchCheckpointIO
 from lightning_dgmp.mesh import MeshStrategy
+from lightning_dgmp.nests import leaves
 from lightning_dgmp.pipeline import Pipeline
 from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place, save_sharded
+from lightning_dgmp.stage.shadow import holds_shadows
 
 __all__ = ["SavingStrategy"]
 
 _KEY = "lightning_dgmp"  # of what we add to checkpoints
+_NO_MODULES = (
+    "`save_distributed_checkpoint=True` cannot write modules that are hyperparameters, whose weights no process has."
+    " Leave them out, as by `save_hyperparameters(ignore=['net'])`."
+)
 
 
 class SavingStrategy(MeshStrategy):
@@ -68,6 +74,11 @@ class SavingStrategy(MeshStrategy):
     def whole_model(self) -> AbstractContextManager[None]:
         """Flush, and give every process the whole model meanwhile."""
 
+    def check_hyperparameters(self, module: LightningModule) -> None:
+        """Refuse before training what could not be saved."""
+        if self._is_sharded and any(isinstance(leaf, nn.Module) for leaf in leaves(dict(module.hparams))):
+            raise MisconfigurationException(_NO_MODULES)
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self._is_sharded and self._pipeline is not None:
@@ -100,6 +111,14 @@ class SavingStrategy(MeshStrategy):
             key = type(datamodule).__qualname__
             state = self.share_of_first_stage(checkpoint.pop(key, None), "the state of the data module")
             checkpoint.update({} if state is None else {key: state})
+        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        has_modules = self._pipeline is not None and self.broadcast(holds_shadows(rest))
+        if has_modules and self._is_sharded:
+            raise MisconfigurationException(_NO_MODULES)
+        with self.whole_model() if has_modules else nullcontext():
+            self._write(checkpoint, filepath, storage_options)
+
+    def _write(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
         if self._is_sharded:
             group = None if self._world is None else self._world.group
             path = Path(self.broadcast(filepath))  # one folder, whatever callbacks name it in each process

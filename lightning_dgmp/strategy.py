@@ -126,6 +126,7 @@ class DelayedMPStrategy(StartingStrategy):
             assert self.lightning_module is not None
             module, replicas = self.lightning_module, self.data_parallel_size
             check_supported(trainer, module, self._virtual, self._options.backward, replicas)
+            self.check_hyperparameters(module)
             self._reset_pipeline()
             if self.data_parallel_size == 1:
                 self._layer_sync = None  # the statistics of a stage are those of its replica

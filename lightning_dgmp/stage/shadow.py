@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import pickle
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.nests import tensors_in
 
-__all__ = ["Shadow", "cast_shadow", "restore"]
+__all__ = ["Shadow", "cast_shadow", "holds_shadows", "restore"]
 
 
 class Shadow(nn.Parameter):
@@ -64,6 +67,22 @@ def restore(parameter: nn.Parameter) -> None:
     parameter.__class__ = parameter.original
     del parameter.whose, parameter.original
     parameter.data = torch.empty(shape, dtype=dtype, device=device)
+
+
+def holds_shadows(nest: Any) -> bool:
+    """Whether a pickle of ``nest`` would have the values of a shadow, as hyperparameters with modules have."""
+    finder = _Finder(io.BytesIO())
+    with contextlib.suppress(Exception):  # whoever writes it will see
+        finder.dump(nest)
+    return finder.has_found
+
+
+class _Finder(pickle.Pickler):
+    has_found = False
+
+    def persistent_id(self, obj: Any) -> Any:
+        self.has_found |= isinstance(obj, Shadow)
+        return "tensor" if isinstance(obj, Tensor) else None
 
 
 def _of(args: Any, kwargs: Any) -> str:

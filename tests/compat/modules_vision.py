@@ -98,7 +98,7 @@ class HydraTemplate(LightningModule):
         compile: bool,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False, ignore=["net"])
+        self.save_hyperparameters(logger=False)  # with the net, as the template does
         self.net = net
         self.criterion = nn.CrossEntropyLoss()
         self.train_acc = Accuracy(task="multiclass", num_classes=3)

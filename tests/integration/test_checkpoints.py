@@ -233,3 +233,34 @@ def test_a_checkpoint_that_does_not_fit(pool: WorkerPool, tmp_path: Path, what: 
         assert isinstance(result, Failure)
         assert text in result.message.replace("(s)", ".s.")
     assert path.read_bytes() == before
+
+
+class SavesItsNet(models.MLP):
+    """`save_hyperparameters()` with the net among the arguments, as lightning-hydra-template has it."""
+
+    def __init__(self, net: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        net = nn.Linear(16, 4) if net is None else net
+        self.save_hyperparameters({"net": net})
+        self.out = net
+
+
+def test_hyperparameters_may_have_modules(pool: WorkerPool, tmp_path: Path) -> None:
+    args: dict[str, Any] = {"enable_checkpointing": True, "limit_train_batches": 10}
+    for name, strategy in (("virtual", {"num_stages": 2, "virtual": True}), ("processes", {"num_stages": 2})):
+        devices = 1 if name == "virtual" else 2
+        outcomes = pool.run(fit, devices, SavesItsNet, models.vectors, strategy, devices,
+                            default_root_dir=str(tmp_path / name), **args)  # fmt: skip
+        (path,) = (tmp_path / name).rglob("*.ckpt")
+        checkpoint = torch.load(path, weights_only=False)
+        net = checkpoint["hyper_parameters"]["net"]
+        assert type(net.weight) is nn.Parameter
+        torch.testing.assert_close(net.weight.detach(), outcomes[0].state["out.weight"], rtol=0, atol=0)
+        loaded = SavesItsNet.load_from_checkpoint(path, weights_only=False)
+        torch.testing.assert_close(loaded.state_dict(), outcomes[0].state, rtol=0, atol=0)
+
+
+def test_shards_have_no_modules(pool: WorkerPool, tmp_path: Path) -> None:
+    strategy = {"num_stages": 2, "save_distributed_checkpoint": True}
+    results = pool.try_run(fit, 2, SavesItsNet, models.vectors, strategy, 2, default_root_dir=str(tmp_path))
+    assert all("cannot write modules that are hyperparameters" in result.message for result in results), results

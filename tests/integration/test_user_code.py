@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricTracker
 
 from lightning_dgmp import DelayedMPStrategy
 from tests import models
@@ -245,3 +246,36 @@ def test_loggers(pool: WorkerPool, tmp_path: Path) -> None:
     assert ours.splitlines()[0] == expected.splitlines()[0]
     assert len(ours.splitlines()) == len(expected.splitlines()) > 8
     assert list((tmp_path / "processes/board").glob("events*"))
+
+
+class CopiesMetrics(models.ValidatedMLP):
+    """Metrics keep all that is in their ``__dict__`` when they are copied."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.mean, self.tracker = MeanMetric(), MetricTracker(MeanMetric(), maximize=False)
+
+    def on_train_epoch_start(self) -> None:
+        self.tracker.increment()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.tracker.update(loss.detach())
+        self.mean.update(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        for i, mean in enumerate((self.mean.clone(), copy.deepcopy(self.mean), pickle.loads(pickle.dumps(self.mean)))):
+            self.log(f"copy_{i}", mean.compute())
+        self.log_dict({f"epoch_{i}": value for i, value in enumerate(self.tracker.compute_all())})
+
+    def on_validation_epoch_end(self) -> None:
+        self.mean.clone().reset()
+
+
+def test_metrics_may_be_copied(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"max_epochs": 2, "make_val_loader": models.vectors, "limit_train_batches": 10}
+    expected = pool.run(fit, 1, CopiesMetrics, models.vectors, {"num_stages": 2, "virtual": True}, 1, **args)[0]
+    for outcome in pool.run(fit, 2, CopiesMetrics, models.vectors, {"num_stages": 2}, 2, **args):
+        assert {"copy_0", "copy_1", "copy_2", "epoch_0", "epoch_1"} <= outcome.metrics.keys()
+        assert outcome.metrics == pytest.approx(expected.metrics, rel=1e-5)
