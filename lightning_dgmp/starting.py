@@ -110,10 +110,6 @@ class StartingStrategy(EvaluatingStrategy):
         """A context whose time counts for ``kind``."""
         return nullcontext() if self.clock is None else self.clock.measuring(kind, batch)
 
-    def watching_forward(self) -> AbstractContextManager[None]:
-        """Around a forward."""
-        return nullcontext() if self.reporter is None else self.reporter.watching_forward()
-
     def watch(self) -> Reporter | None:
         """Let this stage report from now on, if it is one of several processes. All of them must call it."""
         if self.reporter is None and self.runner is not None and self._transport is not None:

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_dgmp import DelayedMPMonitor, DelayedMPStrategy
+from lightning_dgmp.reports import saved_by
 from lightning_dgmp.timing import KINDS
 from tests import models
 from tests.pool import WorkerPool
@@ -166,6 +169,38 @@ def test_nothing_changes_for_the_training(pool: WorkerPool) -> None:
         (step, row) for step, row in watched.rows if not any(key.startswith(("stage_", "pipeline/")) for key in row)
     ]
     assert_equal(watched, plain, 0.0)
+
+
+class Gain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.func.grad(lambda y: y.pow(2).sum())(torch.ones(3)).mean() / 2
+
+
+class WithTorchFunc(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden.insert(1, Gain())
+
+
+def test_hooks_of_the_graph_are_left_to_the_user(pool: WorkerPool) -> None:
+    """`torch.func` refuses to work within others."""
+    callbacks = [DelayedMPMonitor()]
+    outcome = pool.run(fit, 2, WithTorchFunc, models.vectors, {"num_stages": 2}, 2, callbacks=callbacks)[0]
+    assert [row for _, row in outcome.rows if row.get("stage_0/activation_bytes", 0) > 0]
+
+
+def test_what_a_graph_keeps_is_counted_from_outside() -> None:
+    calls: list[int] = []
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Dropout(), nn.Flatten(), nn.Linear(64, 8))
+    body.register_forward_hook(lambda *_: calls.append(1))
+    x, packed = torch.randn(2, 3, 6, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        body(x)[:, torch.tensor([0, 2])].square().sum()
+    found = saved_by([body(x)[:, torch.tensor([0, 2])].square().sum()])
+    assert sorted(t.shape for t in found) == sorted(t.shape for t in packed if type(t) is Tensor)
+    calls.clear()
+    assert saved_by([checkpoint(body, x, use_reentrant=False)]) == []
+    assert calls == [1]  # nothing runs again
 
 
 class Broken(ListLogger):
