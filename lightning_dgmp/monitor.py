@@ -29,8 +29,8 @@ class DelayedMPMonitor(Callback):
 
     Each stage sends a small message to the last one whenever Lightning logs (``Trainer(log_every_n_steps=...)``), and
     nobody waits for it; the last stage logs when all have arrived, with the step that they are about. Any logger gets
-    the numbers, TensorBoard also pictures. ``strategy="delayed_mp"`` adds this callback by itself if the Trainer has
-    TensorBoard's logger and several stages.
+    the numbers, TensorBoard also pictures, and the console a line at the end of each epoch and advice. Where there are
+    several stages ``strategy="delayed_mp"`` adds this callback by itself, for TensorBoard's logger and the console.
 
     - ``pipeline/period``: seconds from one batch to the next; ``pipeline/efficiency``: the share of it in which the
       slowest stage computes; ``pipeline/speedup``: how many times faster than one device that runs all stages one after
@@ -56,7 +56,7 @@ class DelayedMPMonitor(Callback):
             raise ValueError(f"`trace_steps` must be two steps, the first before the second, but is {trace_steps}.")
         self.pictures, self.trace_steps = pictures, trace_steps
         self._has_drawn = False  # since the last report, which takes time
-        self.for_tensorboard_alone = False  # among several loggers
+        self.for_tensorboard_alone = False  # and the console
         self._is_first = True  # whether the pipeline has just begun to fill
         self._trace_ends_with: int | None = None  # the number of a report
         self._next_picture = 0.0  # when there is time for it
