@@ -21,6 +21,7 @@ __all__ = ["DelayedMPMonitor"]
 
 _SPANS_SHOWN = 60  # of a stage: about ten iterations
 _DRAWING = 0.005  # of the time may pass with it
+_LAST_WAIT = 2.0  # seconds at most for the last reports, which are under way when training ends
 TRACE_FILE = "pipeline_trace.json"
 
 
@@ -62,16 +63,18 @@ class DelayedMPMonitor(Callback):
         self._next_picture = 0.0  # when there is time for it
         self._latest: Sequence[Report] = []  # of which there is no picture
         self._of_epoch: list[Sequence[Report]] = []
+        self._of_filling: list[Sequence[Report]] = []  # the first, for an epoch without another
+        self._ended: tuple[int, int] | None = None  # the last step and the number of an epoch that has no line yet
         self._said: set[str] = set()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_first, self._trace_ends_with = True, None
+        self._is_first, self._trace_ends_with, self._ended = True, None, None
+        self._of_epoch, self._of_filling = [], []
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(trainer)
-        self._of_epoch.clear()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,23 +113,36 @@ class DelayedMPMonitor(Callback):
         reporter: Reporter | None = getattr(trainer.strategy, "reporter", None)
         if reporter is None or not trainer.is_global_zero:
             return
+        self._ended = trainer.global_step, trainer.current_epoch
         self._show(trainer, reporter)
-        if self._of_epoch:
-            rank_zero_info(f"Epoch {trainer.current_epoch}: {summary_of(self._of_epoch)}")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reporter: Reporter | None = getattr(trainer.strategy, "reporter", None)
         if reporter is not None and trainer.is_global_zero:
-            self._show(trainer, reporter)  # what has come last
+            deadline = time.monotonic() + _LAST_WAIT
+            self._show(trainer, reporter)
+            while reporter.known_until < trainer.global_step and time.monotonic() < deadline:
+                time.sleep(0.005)
+                self._show(trainer, reporter)
             self._draw_timeline(trainer)
 
     def _show(self, trainer: Trainer, reporter: Reporter) -> None:
         for reports in reporter.complete():
+            self._say_epoch(reports[0].step - 1)
             try:
                 self._show_one(trainer, reports)
             except Exception as error:
                 self._say(f"The pipeline's monitor could not log: {type(error).__name__}: {error}")
+
+        self._say_epoch(reporter.known_until)
+
+    def _say_epoch(self, known_until: float) -> None:
+        """The line of an epoch, as soon as its last report is there."""
+        if self._ended is not None and self._ended[0] <= known_until:
+            if intervals := self._of_epoch or self._of_filling:
+                rank_zero_info(f"Epoch {self._ended[1]}: {summary_of(intervals)}")
+            self._of_epoch, self._of_filling, self._ended = [], [], None
 
     def _show_one(self, trainer: Trainer, reports: Sequence[Report]) -> None:
         step = reports[0].step
@@ -134,7 +150,9 @@ class DelayedMPMonitor(Callback):
             logger.log_metrics(scalars_of(reports), step=step)
         if step == self._trace_ends_with:
             write_trace(_folder(trainer) / TRACE_FILE, [report.spans for report in reports])
-        if not self._is_first:  # the pipeline was full
+        if self._is_first:
+            self._of_filling.append(reports)
+        else:  # the pipeline was full
             self._of_epoch.append(reports)
             advice = None if self._has_drawn else advice_for(reports)
             if advice is not None:

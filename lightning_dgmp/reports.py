@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -134,6 +135,11 @@ class Reporter:
         done = sorted(step for step, messages in arrived_now if len(messages) == self._last + 1)
         arrived = [self._arrived.pop(step) for step in done]
         return [[_read(messages[stage]) for stage in range(self._last + 1)] for messages in arrived]
+
+    @property
+    def known_until(self) -> float:
+        """On the last stage: all reports up to this step have come from all stages."""
+        return min(list(self._arrived), default=math.inf) - 1
 
     def _take(self, stage: int, message: Message) -> None:
         self._arrived.setdefault(message.batch, {})[stage] = message

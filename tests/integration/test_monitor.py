@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -130,6 +131,23 @@ def test_the_monitor_names_the_slow_stage(pool: WorkerPool, tmp_path: Path) -> N
     assert "split_at" in said[0][0]
     assert not said[1]
     assert not said[2]
+
+
+def lines_of_epochs(num_batches: int, max_epochs: int) -> list[str]:
+    """Those of a training without a logger."""
+    said: list[str] = []
+    with patch("lightning_dgmp.monitor.rank_zero_info", said.append):
+        fit(models.MLP, models.vectors, {"num_stages": 2}, 2, logger=False, limit_train_batches=num_batches,
+            max_epochs=max_epochs, log_every_n_steps=50)  # fmt: skip
+    return said
+
+
+@pytest.mark.parametrize("num_batches", [3, 12])
+def test_each_epoch_has_a_line(pool: WorkerPool, num_batches: int) -> None:
+    """Also where there is no logger, and an epoch has one report."""
+    said = pool.run(lines_of_epochs, 2, num_batches, 2)
+    assert [line.partition(" takes")[0] for line in said[0]] == ["Epoch 0: a batch", "Epoch 1: a batch"]
+    assert said[1] == []
 
 
 def test_any_logger_gets_the_numbers(pool: WorkerPool, tmp_path: Path) -> None:
