@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DelayedMPMonitor"]
 
+_MAX_TRACED = 10_000  # steps, all spans of which wait in memory
 _SPANS_SHOWN = 60  # of a stage: about ten iterations
 _DRAWING = 0.005  # of the time may pass with it
 _LAST_WAIT = 2.0  # seconds at most for the last reports, which are under way when training ends
@@ -49,16 +51,19 @@ class DelayedMPMonitor(Callback):
             logger, for https://ui.perfetto.dev or chrome://tracing. Clocks of several nodes must agree, as with NTP.
 
     Raises:
-        ValueError: If ``trace_steps`` is empty or too long.
+        ValueError: If ``trace_steps`` is empty or longer than 10000 steps.
     """
 
     def __init__(self, pictures: bool = True, trace_steps: tuple[int, int] | None = None) -> None:
         if trace_steps is not None and not 0 <= trace_steps[0] < trace_steps[1]:
             raise ValueError(f"`trace_steps` must be two steps, the first before the second, but is {trace_steps}.")
+        if trace_steps is not None and trace_steps[1] - trace_steps[0] > _MAX_TRACED:
+            raise ValueError(f"`trace_steps` must be at most {_MAX_TRACED} steps apart, but is {trace_steps}.")
         self.pictures, self.trace_steps = pictures, trace_steps
         self._has_drawn = False  # since the last report, which takes time
         self.for_tensorboard_alone = False  # and the console
         self._is_first = True  # whether the pipeline has just begun to fill
+        self._is_tracing = self._has_traced = False  # since the first of these steps; and whether there is a file
         self._trace_ends_with: int | None = None  # the number of a report
         self._next_picture = 0.0  # when there is time for it
         self._latest: Sequence[Report] = []  # of which there is no picture
@@ -70,6 +75,7 @@ class DelayedMPMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_first, self._trace_ends_with, self._ended = True, None, None
+        self._is_tracing = self._has_traced = False
         self._of_epoch, self._of_filling = [], []
 
     @override
@@ -97,9 +103,11 @@ class DelayedMPMonitor(Callback):
         if has_begun and strategy.is_global_zero and self.pictures:
             self._draw("balance", trainer, lambda pictures: pictures.draw_balance(strategy.plan))
         step = trainer.global_step
-        if self.trace_steps is not None and step == self.trace_steps[0]:
-            reporter.mark()
-        ends_trace = self.trace_steps is not None and step == self.trace_steps[1] and self._trace_ends_with is None
+        first, end = self.trace_steps or (math.inf, math.inf)
+        if not self._is_tracing and first <= step < end:
+            self._is_tracing = True
+            reporter.mark(time.time() if step == first else 0.0)  # otherwise training began within
+        ends_trace = self._is_tracing and step == end and self._trace_ends_with is None
         is_due = trainer._logger_connector.should_update_logs or trainer.is_last_batch or ends_trace
         if is_due and not trainer.fit_loop._should_accumulate():
             if ends_trace:
@@ -126,6 +134,11 @@ class DelayedMPMonitor(Callback):
                 time.sleep(0.005)
                 self._show(trainer, reporter)
             self._draw_timeline(trainer)
+            if self.trace_steps is not None and not self._has_traced:
+                self._say(
+                    f"There is no `{TRACE_FILE}`: `trace_steps={self.trace_steps}` must both be reached in training,"
+                    f" but it ended after step {trainer.global_step}."
+                )
 
     def _show(self, trainer: Trainer, reporter: Reporter) -> None:
         for reports in reporter.complete():
@@ -150,6 +163,7 @@ class DelayedMPMonitor(Callback):
             logger.log_metrics(scalars_of(reports), step=step)
         if step == self._trace_ends_with:
             write_trace(_folder(trainer) / TRACE_FILE, [report.spans for report in reports])
+            self._has_traced = True
         if self._is_first:
             self._of_filling.append(reports)
         else:  # the pipeline was full

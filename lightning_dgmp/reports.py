@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -88,9 +87,10 @@ class Reporter:
         self._clock.take()
         self._bytes_before, self._batches_before = self._transport.bytes_sent, self._runner.num_forwards
 
-    def mark(self) -> None:
-        """Let a later report without a limit bring all spans from now on, as far as they are kept."""
-        self._marked = time.time()
+    def mark(self, since: float) -> None:
+        """Let a later report without a limit bring all spans from a time on, of which those from now on are kept."""
+        self._marked = since
+        self._clock.keep_all(True)
 
     def report(self, step: int, updates_each: int, max_spans: int | None) -> None:
         """Send a report to the last stage, or keep it there.
@@ -121,7 +121,10 @@ class Reporter:
             [_norm(runner.gradients(), runner), self._snapshot_distance()]
         )  # without waiting for a device
         spans = [span for span in self._clock.spans if max_spans is not None or span.start >= self._marked]
-        spans = spans if max_spans is None else spans[-max_spans:]
+        if max_spans is None:
+            self._clock.keep_all(False)
+        else:
+            spans = spans[-max_spans:]
         rows = torch.tensor([[KINDS.index(s.kind), *s[1:]] for s in spans], dtype=torch.float64).reshape(-1, 4)
         message = Message(step, 0, [host, device, rows])
         if runner.is_last:

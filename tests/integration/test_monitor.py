@@ -173,6 +173,29 @@ def test_a_trace_file_has_all_stages(pool: WorkerPool, tmp_path: Path) -> None:
         assert (stage + 1, batch) not in ends or ends[stage + 1, batch] > end
 
 
+@pytest.mark.parametrize("window", [(0, 34), (6, 30)])
+def test_a_trace_may_be_longer_than_what_is_kept_otherwise(
+    pool: WorkerPool, tmp_path: Path, window: tuple[int, int]
+) -> None:
+    pool.run(train_with_short_memory, 2, str(tmp_path), window)
+    content = json.loads((tmp_path / "pipeline_trace.json").read_text())
+    for stage in range(2):
+        forwards = [e["args"]["batch"] for e in content["traceEvents"] if e["tid"] == stage and "forward" in e.values()]
+        assert forwards == list(range(*window))
+
+
+def train_with_short_memory(folder: str, window: tuple[int, int]) -> None:
+    with patch("lightning_dgmp.timing._NUM_SPANS", 20):
+        train(folder, 2, (0.001, 0.001), callbacks=[DelayedMPMonitor(False, window)])
+
+
+def test_a_trace_that_is_not_reached_is_missed(pool: WorkerPool, tmp_path: Path) -> None:
+    callbacks = [DelayedMPMonitor(False, (30, 40))]
+    said = pool.run(train, 2, str(tmp_path), 2, (0.001, 0.001), callbacks=callbacks)
+    assert "There is no `pipeline_trace.json`: `trace_steps=(30, 40)`" in "".join(said[0])
+    assert "pipeline_trace" not in "".join(said[1])
+
+
 def fit_with_monitor(num_stages: int, watched: bool) -> Outcome:
     callbacks = [DelayedMPMonitor()] if watched else []
     strategy = {"num_stages": num_stages}
@@ -284,3 +307,5 @@ def test_what_is_kept_for_later_counts(pool: WorkerPool, backward: str) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="`trace_steps` must be two steps, the first before the second, but is"):
         DelayedMPMonitor(trace_steps=(5, 5))
+    with pytest.raises(ValueError, match="`trace_steps` must be at most 10000 steps apart, but is"):
+        DelayedMPMonitor(trace_steps=(5, 20_000))
