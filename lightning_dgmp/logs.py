@@ -58,12 +58,20 @@ class Run:
         values = [event.value for event in self.scalars.get(tag, [])]
         return statistics.median(values[1:] or values) if values else None
 
+    def mean(self, tag: str) -> float:
+        """Of a scalar over the steps of the run, those up to its first entry apart; 0 without it."""
+        events = self.scalars.get(tag, [])
+        steps = [max(b.step - a.step, 0) for a, b in pairwise(events)]
+        if not sum(steps):
+            return statistics.fmean([event.value for event in events] or [0.0])
+        return statistics.fmean([event.value for event in events[1:]], steps)
+
     def shares(self) -> list[dict[str, float]]:
         """How each stage has spent its time; none without the monitor."""
         kinds = (*KINDS, "other")
         if "stage_0/forward" not in self.scalars:
             return []
-        return [{kind: self.median(f"stage_{k}/{kind}") or 0.0 for kind in kinds} for k in range(self.num_stages)]
+        return [{kind: self.mean(f"stage_{k}/{kind}") for kind in kinds} for k in range(self.num_stages)]
 
 
 class Comparison(NamedTuple):

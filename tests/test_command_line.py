@@ -164,6 +164,20 @@ def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "2.00 times as fast a step x 0.68 times as few steps = 1.35 times sooner" in out
 
 
+def test_shares_of_a_stage_sum_to_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each interval counts as long as it is, and that in which the pipeline fills not at all."""
+    writer = SummaryWriter(str(tmp_path))
+    rows = (10, 1.0, 0.0), (20, 0.9, 0.1), (30, 0.5, 0.5), (50, 0.2, 0.8)
+    for step, forward, wait in rows:
+        writer.add_scalar("stage_0/forward", forward, step, walltime=step)
+        writer.add_scalar("stage_0/wait_error", wait, step, walltime=step)
+    writer.close()
+    _, out, _ = run(capsys, "report", str(tmp_path), "--json")
+    shares = json.loads(out)["runs"][0]["shares"][0]
+    assert shares["forward"] == pytest.approx((0.9 + 0.5 + 2 * 0.2) / 4)
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_reports_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run_folder = log(tmp_path / "run", 0.1, [4, 3], monitored=False)
