@@ -157,12 +157,15 @@ def _report(args: Namespace) -> None:
     if args.png is not None:
         from lightning_dgmp.pictures import draw_runs
 
-        draw_runs(runs, None if comparison is None else comparison.tag).savefig(args.png)
+        draw_runs(runs, comparison).savefig(args.png)
     if args.json:
         told = None if comparison is None else comparison._asdict()
         print(json.dumps({"runs": accounts, "comparison": told}, indent=2))
     else:
-        print("\n\n".join([*map(logs.describe, runs), *([] if comparison is None else [str(comparison)])]))
+        texts = [logs.describe(run) for run in runs]
+        if comparison is not None:
+            texts.append(comparison.table(logs.names_of(runs), [run.seconds_per_step for run in runs]))
+        print("\n\n".join(texts))
 
 
 def _run(args: Namespace) -> None:

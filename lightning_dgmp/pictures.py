@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lightning_dgmp.logs import Run
+from lightning_dgmp.logs import Comparison, Run, names_of
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.timing import Span
 
@@ -90,22 +90,24 @@ def draw_balance(plan: Plan) -> Figure:
     return figure
 
 
-def draw_runs(runs: Sequence[Run], tag: str | None) -> Figure:
-    """How each stage of each run has spent its time and, if there is a ``tag``, that scalar by steps and seconds."""
-    figure = Figure(figsize=(9, 2.2 + 0.4 * sum(len(run.shares()) for run in runs) + (3 if tag else 0)), dpi=110,
-                    layout="constrained")  # fmt: skip
+def draw_runs(runs: Sequence[Run], comparison: Comparison | None) -> Figure:
+    """How each stage of each run has spent its time and, if they are compared, how, with the loss by steps and seconds."""
+    heights = [3.0, 1.0] if comparison else []
+    heights.append(2.2 + 0.4 * sum(len(run.shares()) for run in runs))
+    figure = Figure(figsize=(9, sum(heights)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(2 if tag else 1, 1, squeeze=False)[:, 0]
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    labels = names_of(runs)
     bars = parts[-1].subplots()
     names: list[str] = []
-    for run in runs:
+    for run, label_of_run in zip(runs, labels):
         for k, shares in enumerate(run.shares()):
             left = 0.0
             for kind, share in shares.items():
                 label = _NAMES.get(kind, kind) if not names else None
                 bars.barh(len(names), 100 * share, left=left, height=0.8, label=label, **_look(kind))
                 left += 100 * share
-            names.append(f"{run.folder.name}, stage {k}")
+            names.append(f"{label_of_run}, stage {k}")
     if not names:
         bars.text(0.5, 0.5, "No run has logged what its stages do.", ha="center", transform=bars.transAxes)
     bars.set_yticks(range(len(names)), names, fontsize=8)
@@ -113,17 +115,19 @@ def draw_runs(runs: Sequence[Run], tag: str | None) -> Figure:
     bars.set_xlabel("percent of the time")
     if names:
         bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
-    if tag:
+    if comparison:
         by_step, by_time = parts[0].subplots(1, 2, sharey=True)
-        for run, style in zip(runs, ("-", "--")):
-            events = run.scalars[tag]
+        for run, label, style in zip(runs, labels, ("-", "--")):
+            events = run.scalars[comparison.tag]
             values = [event.value for event in events]
-            by_step.plot([event.step for event in events], values, style, label=run.folder.name)
+            by_step.plot([event.step for event in events], values, style, label=label)
             by_time.plot([event.time - events[0].time for event in events], values, style)
-        by_step.set_ylabel(tag)
+        by_step.set_ylabel(comparison.tag)
         by_step.set_xlabel("steps")
         by_time.set_xlabel("seconds")
         by_step.legend(fontsize=8)
+        table = comparison.table(labels, [run.seconds_per_step for run in runs])
+        parts[1].text(0.5, 0.5, table, family="monospace", fontsize=8, ha="center", va="center")
     return figure
 
 

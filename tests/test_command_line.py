@@ -141,7 +141,7 @@ def test_impossible_simulations(capsys: pytest.CaptureFixture[str], argv: list[s
 def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The second run makes a step in twice the time, and needs two thirds of the steps to the loss of the first."""
     ours = log(tmp_path / "ours" / "version_0", 0.1, [4, 3.5, 3, 2.5], monitored=True)
-    theirs = log(tmp_path / "theirs", 0.2, [4, 3, 2, 1], monitored=False)
+    theirs = log(tmp_path / "theirs" / "version_0", 0.2, [float("nan"), 3, 2, 1], monitored=False)
     code, out, _ = run(capsys, "report", str(tmp_path / "ours"))
     assert code == 0
     assert "100.0 ms a step" in out
@@ -161,7 +161,13 @@ def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert comparison["speedup"] == pytest.approx(2 * 21 / 31)
     assert picture.stat().st_size > 10_000
     code, out, _ = run(capsys, "report", str(ours), str(theirs))
-    assert "2.00 times as fast a step x 0.68 times as few steps = 1.35 times sooner" in out
+    rows = [re.split("  +", line) for line in out.splitlines()[-4:]]
+    assert rows == [
+        ["`val_loss` down to 2.5", "ours/version_0", "theirs/version_0", "the first against the second"],
+        ["ms a step", "100.0", "200.0", "2.00 times as fast"],
+        ["steps", "30", "20", "0.68 times as few"],
+        ["both", "1.35 times sooner"],
+    ]
 
 
 def test_shares_of_a_stage_sum_to_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -181,11 +187,13 @@ def test_shares_of_a_stage_sum_to_one(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_reports_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run_folder = log(tmp_path / "run", 0.1, [4, 3], monitored=False)
+    diverged = log(tmp_path / "diverged", 0.1, [float("nan"), float("inf")], monitored=False)
     short = log(tmp_path / "short", 0.1, [4], monitored=False)
     for argv, text in (
         (["nowhere"], "A log folder must exist, but nowhere does not."),
         ([str(tmp_path / "empty")], "has none, also in subfolders"),
         ([str(short)], "must have logged a scalar twice"),
+        ([str(run_folder), str(diverged)], "compared by a finite `val_loss`, but all of"),
         ([str(run_folder), str(run_folder), "--loss", "accuracy"], "'accuracy' is not in ['val_loss']"),
     ):
         code, _, err = run(capsys, "report", *argv)
