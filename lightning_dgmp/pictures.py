@@ -91,7 +91,7 @@ def draw_balance(plan: Plan) -> Figure:
 
 
 def draw_runs(runs: Sequence[Run], comparison: Comparison | None) -> Figure:
-    """How each stage of each run has spent its time and, if they are compared, how, with the loss by steps and seconds."""
+    """How each stage of each run has spent its time; above it, if there is a comparison, it and the losses."""
     heights = [3.0, 1.0] if comparison else []
     heights.append(2.2 + 0.4 * sum(len(run.shares()) for run in runs))
     figure = Figure(figsize=(9, sum(heights)), dpi=110, layout="constrained")

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,18 @@ from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.simulator import Prediction, StageCost, delayed, predict
 from lightning_dgmp.strategy import DelayedMPStrategy
 
-__all__ = ["REFUSALS", "Memory", "as_json", "describe", "make", "memory_of", "plans_of", "predict_plan", "trace_of"]
+__all__ = [
+    "REFUSALS",
+    "Memory",
+    "as_json",
+    "describe",
+    "make",
+    "make_data",
+    "memory_of",
+    "plans_of",
+    "predict_plan",
+    "trace_of",
+]
 
 #: What says that a module cannot be trained so.
 REFUSALS = (MisconfigurationException, PlanError, GhostError)
@@ -97,6 +109,20 @@ def make(spec: str, what: str, arguments: dict[str, Any], kind: type | None = No
             raise ValueError(f"{what} is {spec!r}, but calling it failed: {_text(error)}") from error
     if kind is not None and not isinstance(found, kind):
         raise ValueError(f"{what} must be a `{kind.__name__}`, but {spec!r} is a `{type(found).__name__}`.")
+    return found
+
+
+def make_data(spec: str, arguments: dict[str, Any]) -> Any:
+    """The data module or loader that ``spec`` names.
+
+    Raises:
+        ValueError: If it cannot be made, or is neither.
+    """
+    found = make(spec, "`--data`", arguments)
+    if isinstance(found, nn.Module) or not (hasattr(found, "train_dataloader") or isinstance(found, Iterable)):
+        raise ValueError(
+            f"`--data` must be a LightningDataModule or a loader, but {spec!r} is a `{type(found).__name__}`."
+        )
     return found
 
 
