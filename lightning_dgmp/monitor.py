@@ -189,6 +189,12 @@ class DelayedMPMonitor(Callback):
     def _draw(self, name: str, trainer: Trainer, draw: Callable[[Any], Any], step: int = 0) -> None:
         loggers = _tensorboards(trainer)
         if not loggers:
+            if trainer.loggers and not self.for_tensorboard_alone:
+                kinds = ", ".join(sorted({type(logger).__name__ for logger in trainer.loggers}))
+                self._say(
+                    f"The pipeline's monitor draws for `TensorBoardLogger` alone, but there is {kinds}: it gets numbers"
+                    " without pictures. `DelayedMPMonitor(pictures=False)` needs none."
+                )
             return
         try:
             from lightning_dgmp import pictures

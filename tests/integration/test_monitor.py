@@ -152,11 +152,18 @@ def test_each_epoch_has_a_line(pool: WorkerPool, num_batches: int) -> None:
 
 def test_any_logger_gets_the_numbers(pool: WorkerPool, tmp_path: Path) -> None:
     logger, callbacks = CSVLogger(str(tmp_path), name="", version=""), [DelayedMPMonitor()]
-    pool.run(train, 2, "", 2, (0.001, 0.001), logger=logger, callbacks=callbacks, log_every_n_steps=10)
+    args = {"logger": logger, "log_every_n_steps": 10}
+    said = pool.run(train, 2, "", 2, (0.001, 0.001), callbacks=callbacks, **args)
+    assert [text for text in said[0] if "draws" in text] == [
+        "The pipeline's monitor draws for `TensorBoardLogger` alone, but there is CSVLogger: it gets numbers without"
+        " pictures. `DelayedMPMonitor(pictures=False)` needs none."
+    ]
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
     assert "pipeline/efficiency" in header
     assert "stage_1/wait_activation" in header
     assert len(rows) >= 4
+    args["logger"] = CSVLogger(str(tmp_path), name="", version="again")
+    assert not [text for text in pool.run(train, 2, "", 2, (0.001, 0.001), **args)[0] if "draws" in text]
 
 
 def test_a_trace_file_has_all_stages(pool: WorkerPool, tmp_path: Path) -> None:
@@ -251,7 +258,7 @@ class Broken(ListLogger):
 
 
 def test_the_monitor_never_stops_a_training(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = pool.run(train, 2, "", 2, (0.001, 0.001), logger=Broken(), callbacks=[DelayedMPMonitor()],
+    said = pool.run(train, 2, "", 2, (0.001, 0.001), logger=Broken(), callbacks=[DelayedMPMonitor(False)],
                     log_every_n_steps=5)  # fmt: skip
     assert said[0] == ["The pipeline's monitor could not log: OSError: the disk is full"]
     assert said[1] == []
