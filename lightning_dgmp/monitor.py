@@ -16,6 +16,7 @@ from lightning_dgmp.reports import Report, Reporter
 from lightning_dgmp.traces import write_trace
 
 if TYPE_CHECKING:
+    from lightning_dgmp.plan.plan import Plan
     from lightning_dgmp.strategy import DelayedMPStrategy
 
 __all__ = ["DelayedMPMonitor"]
@@ -60,6 +61,7 @@ class DelayedMPMonitor(Callback):
         if trace_steps is not None and trace_steps[1] - trace_steps[0] > _MAX_TRACED:
             raise ValueError(f"`trace_steps` must be at most {_MAX_TRACED} steps apart, but is {trace_steps}.")
         self.pictures, self.trace_steps = pictures, trace_steps
+        self._plan_drawn: Plan | None = None
         self._has_drawn = False  # since the last report, which takes time
         self.for_tensorboard_alone = False  # and the console
         self._is_first = True  # whether the pipeline has just begun to fill
@@ -75,7 +77,7 @@ class DelayedMPMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_first, self._trace_ends_with, self._ended = True, None, None
-        self._is_tracing = self._has_traced = False
+        self._is_tracing, self._has_traced, self._plan_drawn = False, False, None
         self._of_epoch, self._of_filling = [], []
 
     @override
@@ -96,13 +98,14 @@ class DelayedMPMonitor(Callback):
         strategy: DelayedMPStrategy = trainer.strategy  # type: ignore[assignment]
         if not hasattr(strategy, "watch") or getattr(strategy, "replica", 0) > 0:
             return
-        has_begun = strategy.reporter is None
         reporter = strategy.watch()
         if reporter is None:
             return
-        if has_begun and strategy.is_global_zero and self.pictures:
-            self._draw("balance", trainer, lambda pictures: pictures.draw_balance(strategy.plan))
         step = trainer.global_step
+        plan, runner = strategy.plan, strategy.runner
+        if runner is not None and runner.is_last and self.pictures and plan is not self._plan_drawn:  # cuts may move
+            self._plan_drawn, mode = plan, runner.mode
+            self._draw("balance", trainer, lambda pictures: pictures.draw_balance(plan, mode), step)
         first, end = self.trace_steps or (math.inf, math.inf)
         if not self._is_tracing and first <= step < end:
             self._is_tracing = True
@@ -171,8 +174,7 @@ class DelayedMPMonitor(Callback):
             advice = None if self._has_drawn else advice_for(reports)
             if advice is not None:
                 self._say(advice, advice.partition(" in ")[0])  # of each stage and wait once
-            self._has_drawn = False
-        self._is_first, self._latest = False, reports
+        self._is_first, self._has_drawn, self._latest = False, False, reports
         if time.monotonic() >= self._next_picture:
             self._draw_timeline(trainer)
 
@@ -184,7 +186,7 @@ class DelayedMPMonitor(Callback):
                 "timeline", trainer, lambda pictures: pictures.draw_timeline(spans, num_batches=4), self._latest[0].step
             )
             self._latest, end = [], time.monotonic()
-            self._next_picture, self._has_drawn = end + (end - begin) / _DRAWING, True
+            self._next_picture = end + (end - begin) / _DRAWING
 
     def _draw(self, name: str, trainer: Trainer, draw: Callable[[Any], Any], step: int = 0) -> None:
         loggers = _tensorboards(trainer)
@@ -201,6 +203,7 @@ class DelayedMPMonitor(Callback):
         except ImportError:
             self._say("The pipeline's monitor draws with matplotlib, which is missing: `pip install matplotlib`.")
             return
+        self._has_drawn = True
         try:
             for logger in loggers:
                 logger.experiment.add_figure(f"pipeline/{name}", draw(pictures), step)

@@ -10,17 +10,16 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.host import LightningModule, MisconfigurationException, Trainer
 from lightning_dgmp.plan.cut import PlanError
+from lightning_dgmp.plan.memory import Memory, memory_of
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
-from lightning_dgmp.plan.table import StageSummary
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.simulator import Prediction, StageCost, delayed, predict
 from lightning_dgmp.strategy import DelayedMPStrategy
 
@@ -39,30 +38,6 @@ __all__ = [
 
 #: What says that a module cannot be trained so.
 REFUSALS = (MisconfigurationException, PlanError, GhostError)
-
-
-class Memory(NamedTuple):
-    """What a stage holds, in bytes.
-
-    Attributes:
-        parameters: Its weights.
-        gradients: Of those that are trained.
-        optimizer: Two numbers a trained weight, as Adam keeps them.
-        snapshots: The old weights of the batches in flight.
-        activations: All values that its forwards make, for each batch in flight; what the backward needs of them is
-            less.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    snapshots: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return sum(self)
 
 
 def _load(spec: str, what: str) -> Any:
@@ -173,14 +148,6 @@ def plans_of(trace: Trace, module: nn.Module, numbers: list[int]) -> dict[int, P
     return plans
 
 
-def memory_of(stage: StageSummary, delay: int) -> Memory:
-    """What a stage holds if so many batches stay in flight on it."""
-    trained = stage.trained_bytes
-    return Memory(
-        stage.parameter_bytes, trained, 2 * trained, delay * stage.parameter_bytes, (delay + 1) * stage.value_bytes
-    )
-
-
 def predict_plan(plan: Plan, slack: int = 0) -> Prediction:
     """What the pipeline comes to if all devices are equal and messages take no time; its unit of time means nothing."""
     costs = [StageCost(stage.cost / 3, 2 * stage.cost / 3) for stage in plan.stages]
@@ -192,13 +159,13 @@ def as_json(number: int, plan: Plan | str) -> dict[str, Any]:
     if isinstance(plan, str):
         return {"num_stages": number, "refused": plan}
     prediction = predict_plan(plan)
-    memory = [memory_of(stage, delay) for stage, delay in zip(plan.stages, delays_of(number))]
     return {
         "num_stages": number,
         "speedup": prediction.speedup,
         "split_at": [stage.first_module for stage in plan.stages[1:]],
         "stages": [
-            {**vars(stage), "memory": {**one._asdict(), "total": one.total}} for stage, one in zip(plan.stages, memory)
+            {**vars(stage), "memory": {**one._asdict(), "total": one.total}}
+            for stage, one in zip(plan.stages, memory_of(plan))
         ],
     }
 

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lightning_dgmp import DelayedMPStrategy
@@ -17,7 +18,7 @@ from lightning_dgmp.plan.plan import make_plan
 from lightning_dgmp.rebalancing import busy_in
 from lightning_dgmp.timing import Span
 from tests import models, sharing
-from tests.integration.test_monitor import Sleepers
+from tests.integration.test_monitor import Sleepers, events
 from tests.pool import WorkerPool
 from tests.training import Outcome, fit
 
@@ -124,6 +125,15 @@ def test_what_modules_keep_moves_along(pool: WorkerPool, tmp_path: Path, starts:
                      limit_train_batches=10, val_check_interval=4)[0]  # fmt: skip
     losses = [[row for row in outcome.rows if "loss" in row[1] or "val_loss" in row[1]] for outcome in (moved, alone)]
     assert losses[0] == [(step, pytest.approx(row, rel=1e-5)) for step, row in losses[1]]
+
+
+def test_the_balance_is_drawn_again(pool: WorkerPool, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    pool.run(fit_and_move, 3, str(tmp_path), models.ValidatedMLP, models.vectors, None, 3, logger=logger)
+    found = events(tmp_path)
+    before, after = found.Images("pipeline/balance")
+    assert (before.step, after.step) == (1, 11)
+    assert before.encoded_image_string != after.encoded_image_string
 
 
 def test_cuts_stay_where_state_cannot_move(pool: WorkerPool, tmp_path: Path) -> None:
