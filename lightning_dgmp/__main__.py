@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import REMAINDER, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import REMAINDER, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,9 @@ def _parser() -> ArgumentParser:
 
     add = command("plan", _PLAN, _plan).add_argument
     add("module", help="the LightningModule, as package.module:Name or script.py:Name; a class or a function is called")
-    add("--args", type=json.loads, default={}, metavar="JSON", help="its arguments")
+    add("--args", type=_arguments, default={}, metavar="JSON", help="its arguments")
     add("--data", help="a LightningDataModule or a loader, in the same way; by default the module's own")
-    add("--data-args", type=json.loads, default={}, metavar="JSON", help="its arguments")
+    add("--data-args", type=_arguments, default={}, metavar="JSON", help="its arguments")
     add("--stages", type=int, nargs="+", default=[2, 4, 8], help="how many (default 2 4 8)")
     add("--json", action="store_true", help="print JSON")
 
@@ -107,22 +107,44 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _arguments(text: str) -> dict[str, Any]:
+    """Those of a call, from JSON."""
+    with suppress(ValueError):
+        if isinstance(found := json.loads(text), dict):
+            return found
+    raise ArgumentTypeError(f"""must be a JSON object, such as '{{"layers": 24}}', but is {text!r}""")
+
+
+def _save(path: Path, draw: str, *args: Any) -> None:
+    """Draw into the file ``path``."""
+    try:
+        from lightning_dgmp import pictures
+
+        getattr(pictures, draw)(*args).savefig(path)
+    except ImportError:
+        raise _Refused("`--png` draws with matplotlib, which is missing: `pip install matplotlib`.") from None
+    except (OSError, ValueError) as error:
+        raise _Refused(f"`--png` must be a file that can be written, but {str(path)!r} is not: {error}") from error
+
+
 def _plan(args: Namespace) -> None:
     from lightning_dgmp import planning
 
     with _refusing(ValueError):
         module = planning.make(args.module, "The module", args.args, planning.LightningModule)
-        data = None if args.data is None else planning.make(args.data, "`--data`", args.data_args)
+        data = None if args.data is None else planning.make_data(args.data, args.data_args)
     with _refusing(*planning.REFUSALS):
         trace = planning.trace_of(module, data)
     plans = planning.plans_of(trace, module, args.stages)
     found = [planning.as_json(number, plan) for number, plan in plans.items()]
     if args.json:
         print(json.dumps(found, indent=2))
-        return
-    for (number, plan), one in zip(plans.items(), found):
-        print(f"\n{number} stages")
-        print(plan if isinstance(plan, str) else planning.describe(plan, one))
+    else:
+        for (number, plan), one in zip(plans.items(), found):
+            print(f"\n{number} stages")
+            print(plan if isinstance(plan, str) else planning.describe(plan, one))
+    if all("refused" in one for one in found):
+        raise _Refused("the module can be cut into none of these numbers of stages.")
 
 
 def _simulate(args: Namespace) -> None:
@@ -133,10 +155,8 @@ def _simulate(args: Namespace) -> None:
         link = simulator.Link(args.latency / 1000, args.bandwidth)
         rows = simulator.beside_each_other(costs, link, args.slack, args.microbatches)
     if args.png is not None:
-        from lightning_dgmp.pictures import draw_timeline
-
         timeline = [stage[:40] for stage in rows[0][1].timeline]
-        draw_timeline(timeline, "The delayed schedule, simulated").savefig(args.png)
+        _save(args.png, "draw_timeline", timeline, "The delayed schedule, simulated")
     if args.json:
         keys = ("period", "efficiency", "speedup")
         print(json.dumps([{"schedule": name, **{k: getattr(p, k) for k in keys}} for name, p in rows], indent=2))
@@ -155,14 +175,15 @@ def _report(args: Namespace) -> None:
         comparison = logs.compare(runs[0], runs[1], logs.loss_tag(runs, args.loss)) if runs[1:] else None
         accounts = [logs.as_json(run) for run in runs]
     if args.png is not None:
-        from lightning_dgmp.pictures import draw_runs
-
-        draw_runs(runs, None if comparison is None else comparison.tag).savefig(args.png)
+        _save(args.png, "draw_runs", runs, comparison)
     if args.json:
         told = None if comparison is None else comparison._asdict()
         print(json.dumps({"runs": accounts, "comparison": told}, indent=2))
     else:
-        print("\n\n".join([*map(logs.describe, runs), *([] if comparison is None else [str(comparison)])]))
+        texts = [logs.describe(run) for run in runs]
+        if comparison is not None:
+            texts.append(comparison.table(logs.names_of(runs), [run.seconds_per_step for run in runs]))
+        print("\n\n".join(texts))
 
 
 def _run(args: Namespace) -> None:

@@ -17,7 +17,6 @@ from lightning_dgmp.host import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
     SIGTERMException,
-    TensorBoardLogger,
     Timer,
     Trainer,
     rank_zero_warn,
@@ -39,13 +38,8 @@ def adapt_callbacks(trainer: Trainer, strategy: DelayedMPStrategy) -> Callable[[
         What undoes it.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    has_tensorboard = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
     monitor = None
-    if (
-        has_tensorboard
-        and strategy.has_feed
-        and not any(isinstance(callback, DelayedMPMonitor) for callback in callbacks)
-    ):
+    if strategy.has_feed and not any(isinstance(callback, DelayedMPMonitor) for callback in callbacks):
         callbacks.append(monitor := DelayedMPMonitor())
         monitor.for_tensorboard_alone = True
     for callback in callbacks:

@@ -7,7 +7,7 @@ over the others get what it left, so that ``on_validation_epoch_end`` and the li
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import numpy
@@ -20,14 +20,14 @@ from lightning_dgmp.nests import is_same, leaves, marks, split
 from lightning_dgmp.objects import attributes_of, has_attributes, is_object_of_user
 from lightning_dgmp.parcel import Parcel, can_be_pickled, pack, unpack
 
-__all__ = ["Learned"]
+__all__ = ["Key", "Learned", "attributes_in", "is_plain", "put_attributes"]
 
 _PLAIN = (Tensor, int, float, complex, bool, str, bytes, type(None), numpy.ndarray, numpy.generic)
 _CONTAINERS = (list, tuple, deque, MutableMapping)
 _OF_MODULES, _OF_LIGHTNING = frozenset(vars(nn.Module())), frozenset(vars(LightningModule()))
 _NOTHING = object()
-_Key = tuple[str, str, str]
-_Attributes = dict[_Key, Any]
+Key = tuple[str, str, str]  # a path, an attribute and, if that is an object of the user, one of its own
+_Attributes = dict[Key, Any]
 
 
 class Learned:
@@ -50,10 +50,10 @@ class Learned:
     ) -> None:
         self._module, self._share, self._gather = module, share, gather
         self._marks = {key: _marks(value) for key, value in self._attributes()}
-        self._warned: set[_Key] = set()
-        self._changed: set[_Key] = set()  # before the marks were made
+        self._warned: set[Key] = set()
+        self._changed: set[Key] = set()  # before the marks were made
         self._begins, self._has_stepped = True, False
-        self._before: dict[_Key, Any] = {}  # the newest step
+        self._before: dict[Key, Any] = {}  # the newest step
         self._watched: list[tuple[str, nn.Module]] = []
 
     def begin(self) -> None:
@@ -76,9 +76,9 @@ class Learned:
         after = self._glance()
         self._changed |= {key for key, seen in after.items() if self._before.get(key, _NOTHING) != seen}
 
-    def _glance(self) -> dict[_Key, Any]:
+    def _glance(self) -> dict[Key, Any]:
         """What shows most changes quickly: numbers and texts, the lengths of containers, versions of tensors."""
-        return {key: _look(value) for key, value in self._candidates(self._watched)}
+        return {key: _look(value) for key, value in attributes_in(self._watched)}
 
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
@@ -128,9 +128,9 @@ class Learned:
         self._begins, self._has_stepped = True, False
         return {key: value for key, item in changed.items() if (value := self._packed(key, item)) is not _NOTHING}
 
-    def _packed(self, key: _Key, value: Any) -> Any:
+    def _packed(self, key: Key, value: Any) -> Any:
         """As what a changed ``value`` travels, or ``_NOTHING``."""
-        if not isinstance(value, _CONTAINERS) or (_is_plain(value) and can_be_pickled(split(value)[0])):
+        if not isinstance(value, _CONTAINERS) or (is_plain(value) and can_be_pickled(split(value)[0])):
             return value
         try:
             return pack(value)
@@ -148,16 +148,25 @@ class Learned:
         modules = self._module.named_modules()
         return [(path, m) for path, m in modules if not path or isinstance(m, (Metric, MetricCollection))]
 
-    def _attributes(self) -> Iterator[tuple[_Key, Any]]:
-        return ((key, _realised(item)) for key, item in self._candidates(self._modules()) if _can_be_kept(item))
+    def _attributes(self) -> Iterator[tuple[Key, Any]]:
+        return ((key, _realised(item)) for key, item in attributes_in(self._modules()) if _can_be_kept(item))
 
-    def _candidates(self, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[_Key, Any]]:
-        for path, module in modules:
-            skip = _OF_MODULES if path else _OF_LIGHTNING
-            for name, value in vars(module).items():
-                if name not in skip:
-                    inside = vars(value).items() if is_object_of_user(value) else (("", value),)
-                    yield from (((path, name, inner), item) for inner, item in inside)
+
+def attributes_in(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[Key, Any]]:
+    """The attributes that the user gave to modules, and those of his objects in them."""
+    for path, module in modules:
+        skip = _OF_MODULES if path else _OF_LIGHTNING
+        for name, value in vars(module).items():
+            if name not in skip:
+                inside = vars(value).items() if is_object_of_user(value) else (("", value),)
+                yield from (((path, name, inner), item) for inner, item in inside)
+
+
+def put_attributes(root: nn.Module, attributes: Mapping[Key, Any]) -> None:
+    """Let modules in ``root`` have such attributes."""
+    for (path, name, inner), value in attributes.items():
+        of_module = root.get_submodule(path).__dict__
+        (vars(of_module[name]) if inner else of_module)[inner or name] = value
 
 
 def _look(value: Any) -> Any:
@@ -169,26 +178,26 @@ def _look(value: Any) -> Any:
 
 
 def _can_be_kept(value: Any) -> bool:
-    return isinstance(value, _CONTAINERS) or _is_plain(value)
+    return isinstance(value, _CONTAINERS) or is_plain(value)
 
 
 def _realised(value: Any) -> Any:
-    return realised(value) if _is_plain(value) else value
+    return realised(value) if is_plain(value) else value
 
 
 def _marks(value: Any) -> Any:
-    return marks(value) if _is_plain(value) else _glimpse(value)
+    return marks(value) if is_plain(value) else _glimpse(value)
 
 
 def _is_same(before: Any, value: Any) -> bool:
-    return is_same(before, value) if _is_plain(value) else bool(before == _glimpse(value))
+    return is_same(before, value) if is_plain(value) else bool(before == _glimpse(value))
 
 
 def _glimpse(value: Any) -> tuple[Any, ...]:
     """What shows most changes of a container with objects, and of the attributes of these."""
     try:
         items = leaves(value)
-    except Exception:  # as in `_is_plain`
+    except Exception:  # as in `is_plain`
         return (_look(value),)
     inside = [
         {name: _look(item) for name, item in attributes_of(leaf).items()} if has_attributes(leaf) else None
@@ -198,10 +207,11 @@ def _glimpse(value: Any) -> tuple[Any, ...]:
 
 
 def _is_plain_set(value: Any) -> bool:
-    return isinstance(value, (set, frozenset)) and all(_is_plain(item) for item in value)
+    return isinstance(value, (set, frozenset)) and all(is_plain(item) for item in value)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` can be sent: a tensor, an array, a number, a text, or a nest or set of these."""
     try:
         return all(isinstance(leaf, _PLAIN) or _is_plain_set(leaf) for leaf in leaves(value))
     except Exception:  # a nest that contains itself, or one that cannot be looked through

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_dgmp.timing import KINDS
 
-__all__ = ["Comparison", "Event", "Run", "as_json", "compare", "describe", "loss_tag", "read_run"]
+__all__ = ["Comparison", "Event", "Run", "as_json", "compare", "describe", "loss_tag", "names_of", "read_run"]
 
 
 class Event(NamedTuple):
@@ -58,12 +59,20 @@ class Run:
         values = [event.value for event in self.scalars.get(tag, [])]
         return statistics.median(values[1:] or values) if values else None
 
+    def mean(self, tag: str) -> float:
+        """Of a scalar over the steps of the run, those up to its first entry apart; 0 without it."""
+        events = self.scalars.get(tag, [])
+        steps = [max(b.step - a.step, 0) for a, b in pairwise(events)]
+        if not sum(steps):
+            return statistics.fmean([event.value for event in events] or [0.0])
+        return statistics.fmean([event.value for event in events[1:]], steps)
+
     def shares(self) -> list[dict[str, float]]:
         """How each stage has spent its time; none without the monitor."""
         kinds = (*KINDS, "other")
         if "stage_0/forward" not in self.scalars:
             return []
-        return [{kind: self.median(f"stage_{k}/{kind}") or 0.0 for kind in kinds} for k in range(self.num_stages)]
+        return [{kind: self.mean(f"stage_{k}/{kind}") for kind in kinds} for k in range(self.num_stages)]
 
 
 class Comparison(NamedTuple):
@@ -85,12 +94,21 @@ class Comparison(NamedTuple):
     fewer: float
     speedup: float
 
-    def __str__(self) -> str:
-        return (
-            f"`{self.tag}` is down to {self.target:.4g} after {self.steps[0]} steps of the first run and"
-            f" {self.steps[1]} of the second:\n{self.faster:.2f} times as fast a step x {self.fewer:.2f} times as few"
-            f" steps = {self.speedup:.2f} times sooner"
-        )
+    def table(self, names: Sequence[str], seconds: Sequence[float]) -> str:
+        """Both factors and their product.
+
+        Args:
+            names: Of the two runs.
+            seconds: A step of each takes.
+        """
+        rows = [
+            (f"`{self.tag}` down to {self.target:.4g}", *names, "the first against the second"),
+            ("ms a step", *(f"{1000 * s:.1f}" for s in seconds), f"{self.faster:.2f} times as fast"),
+            ("steps", *map(str, self.steps), f"{self.fewer:.2f} times as few"),
+            ("both", "", "", f"{self.speedup:.2f} times sooner"),
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def read_run(folder: Path) -> Run:
@@ -131,12 +149,28 @@ def loss_tag(runs: list[Run], wanted: str | None = None) -> str:
 
 
 def compare(run: Run, other: Run, tag: str) -> Comparison:
-    """``run`` beside ``other``, such as delayed training beside training on one device."""
-    target = max(min(event.value for event in r.scalars[tag]) for r in (run, other))
+    """``run`` beside ``other``, such as delayed training beside training on one device.
+
+    Raises:
+        ValueError: If one has no finite loss.
+    """
+    lowest = [min((e.value for e in r.scalars[tag] if math.isfinite(e.value)), default=None) for r in (run, other)]
+    if lowest[0] is None or lowest[1] is None:
+        folder = (run if lowest[0] is None else other).folder
+        raise ValueError(f"Runs are compared by a finite `{tag}`, but all of {folder} are NaN or infinite.")
+    target = max(lowest[0], lowest[1])
     steps = [next(event.step for event in r.scalars[tag] if event.value <= target) for r in (run, other)]
     faster = other.seconds_per_step / run.seconds_per_step
     fewer = (steps[1] + 1) / (steps[0] + 1)  # steps count from 0
     return Comparison(tag, target, (steps[0], steps[1]), faster, fewer, faster * fewer)
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The ends of their folders that tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    tells = (n for n in range(1, max(map(len, parts))) if len({part[-n:] for part in parts}) == len(runs))
+    length = next(tells, 1)
+    return ["/".join(part[-length:]) for part in parts]
 
 
 def describe(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from lightning_dgmp.reports import Report, Reporter
 from lightning_dgmp.traces import write_trace
 
 if TYPE_CHECKING:
+    from lightning_dgmp.plan.plan import Plan
     from lightning_dgmp.strategy import DelayedMPStrategy
 
 __all__ = ["DelayedMPMonitor"]
 
+_MAX_TRACED = 10_000  # steps, all spans of which wait in memory
 _SPANS_SHOWN = 60  # of a stage: about ten iterations
 _DRAWING = 0.005  # of the time may pass with it
+_LAST_WAIT = 2.0  # seconds at most for the last reports, which are under way when training ends
 TRACE_FILE = "pipeline_trace.json"
 
 
@@ -29,8 +33,8 @@ class DelayedMPMonitor(Callback):
 
     Each stage sends a small message to the last one whenever Lightning logs (``Trainer(log_every_n_steps=...)``), and
     nobody waits for it; the last stage logs when all have arrived, with the step that they are about. Any logger gets
-    the numbers, TensorBoard also pictures. ``strategy="delayed_mp"`` adds this callback by itself if the Trainer has
-    TensorBoard's logger and several stages.
+    the numbers, TensorBoard also pictures, and the console a line at the end of each epoch and advice. Where there are
+    several stages ``strategy="delayed_mp"`` adds this callback by itself, for TensorBoard's logger and the console.
 
     - ``pipeline/period``: seconds from one batch to the next; ``pipeline/efficiency``: the share of it in which the
       slowest stage computes; ``pipeline/speedup``: how many times faster than one device that runs all stages one after
@@ -48,30 +52,37 @@ class DelayedMPMonitor(Callback):
             logger, for https://ui.perfetto.dev or chrome://tracing. Clocks of several nodes must agree, as with NTP.
 
     Raises:
-        ValueError: If ``trace_steps`` is empty or too long.
+        ValueError: If ``trace_steps`` is empty or longer than 10000 steps.
     """
 
     def __init__(self, pictures: bool = True, trace_steps: tuple[int, int] | None = None) -> None:
         if trace_steps is not None and not 0 <= trace_steps[0] < trace_steps[1]:
             raise ValueError(f"`trace_steps` must be two steps, the first before the second, but is {trace_steps}.")
+        if trace_steps is not None and trace_steps[1] - trace_steps[0] > _MAX_TRACED:
+            raise ValueError(f"`trace_steps` must be at most {_MAX_TRACED} steps apart, but is {trace_steps}.")
         self.pictures, self.trace_steps = pictures, trace_steps
+        self._plan_drawn: Plan | None = None
         self._has_drawn = False  # since the last report, which takes time
-        self.for_tensorboard_alone = False  # among several loggers
+        self.for_tensorboard_alone = False  # and the console
         self._is_first = True  # whether the pipeline has just begun to fill
+        self._is_tracing = self._has_traced = False  # since the first of these steps; and whether there is a file
         self._trace_ends_with: int | None = None  # the number of a report
         self._next_picture = 0.0  # when there is time for it
         self._latest: Sequence[Report] = []  # of which there is no picture
         self._of_epoch: list[Sequence[Report]] = []
+        self._of_filling: list[Sequence[Report]] = []  # the first, for an epoch without another
+        self._ended: tuple[int, int] | None = None  # the last step and the number of an epoch that has no line yet
         self._said: set[str] = set()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_first, self._trace_ends_with = True, None
+        self._is_first, self._trace_ends_with, self._ended = True, None, None
+        self._is_tracing, self._has_traced, self._plan_drawn = False, False, None
+        self._of_epoch, self._of_filling = [], []
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(trainer)
-        self._of_epoch.clear()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,16 +98,19 @@ class DelayedMPMonitor(Callback):
         strategy: DelayedMPStrategy = trainer.strategy  # type: ignore[assignment]
         if not hasattr(strategy, "watch") or getattr(strategy, "replica", 0) > 0:
             return
-        has_begun = strategy.reporter is None
         reporter = strategy.watch()
         if reporter is None:
             return
-        if has_begun and strategy.is_global_zero and self.pictures:
-            self._draw("balance", trainer, lambda pictures: pictures.draw_balance(strategy.plan))
         step = trainer.global_step
-        if self.trace_steps is not None and step == self.trace_steps[0]:
-            reporter.mark()
-        ends_trace = self.trace_steps is not None and step == self.trace_steps[1] and self._trace_ends_with is None
+        plan, runner = strategy.plan, strategy.runner
+        if runner is not None and runner.is_last and self.pictures and plan is not self._plan_drawn:  # cuts may move
+            self._plan_drawn, mode = plan, runner.mode
+            self._draw("balance", trainer, lambda pictures: pictures.draw_balance(plan, mode), step)
+        first, end = self.trace_steps or (math.inf, math.inf)
+        if not self._is_tracing and first <= step < end:
+            self._is_tracing = True
+            reporter.mark(time.time() if step == first else 0.0)  # otherwise training began within
+        ends_trace = self._is_tracing and step == end and self._trace_ends_with is None
         is_due = trainer._logger_connector.should_update_logs or trainer.is_last_batch or ends_trace
         if is_due and not trainer.fit_loop._should_accumulate():
             if ends_trace:
@@ -110,23 +124,41 @@ class DelayedMPMonitor(Callback):
         reporter: Reporter | None = getattr(trainer.strategy, "reporter", None)
         if reporter is None or not trainer.is_global_zero:
             return
+        self._ended = trainer.global_step, trainer.current_epoch
         self._show(trainer, reporter)
-        if self._of_epoch:
-            rank_zero_info(f"Epoch {trainer.current_epoch}: {summary_of(self._of_epoch)}")
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reporter: Reporter | None = getattr(trainer.strategy, "reporter", None)
         if reporter is not None and trainer.is_global_zero:
-            self._show(trainer, reporter)  # what has come last
+            deadline = time.monotonic() + _LAST_WAIT
+            self._show(trainer, reporter)
+            while reporter.known_until < trainer.global_step and time.monotonic() < deadline:
+                time.sleep(0.005)
+                self._show(trainer, reporter)
             self._draw_timeline(trainer)
+            if self.trace_steps is not None and not self._has_traced:
+                self._say(
+                    f"There is no `{TRACE_FILE}`: `trace_steps={self.trace_steps}` must both be reached in training,"
+                    f" but it ended after step {trainer.global_step}."
+                )
 
     def _show(self, trainer: Trainer, reporter: Reporter) -> None:
         for reports in reporter.complete():
+            self._say_epoch(reports[0].step - 1)
             try:
                 self._show_one(trainer, reports)
             except Exception as error:
                 self._say(f"The pipeline's monitor could not log: {type(error).__name__}: {error}")
+
+        self._say_epoch(reporter.known_until)
+
+    def _say_epoch(self, known_until: float) -> None:
+        """The line of an epoch, as soon as its last report is there."""
+        if self._ended is not None and self._ended[0] <= known_until:
+            if intervals := self._of_epoch or self._of_filling:
+                rank_zero_info(f"Epoch {self._ended[1]}: {summary_of(intervals)}")
+            self._of_epoch, self._of_filling, self._ended = [], [], None
 
     def _show_one(self, trainer: Trainer, reports: Sequence[Report]) -> None:
         step = reports[0].step
@@ -134,13 +166,15 @@ class DelayedMPMonitor(Callback):
             logger.log_metrics(scalars_of(reports), step=step)
         if step == self._trace_ends_with:
             write_trace(_folder(trainer) / TRACE_FILE, [report.spans for report in reports])
-        if not self._is_first:  # the pipeline was full
+            self._has_traced = True
+        if self._is_first:
+            self._of_filling.append(reports)
+        else:  # the pipeline was full
             self._of_epoch.append(reports)
             advice = None if self._has_drawn else advice_for(reports)
             if advice is not None:
                 self._say(advice, advice.partition(" in ")[0])  # of each stage and wait once
-            self._has_drawn = False
-        self._is_first, self._latest = False, reports
+        self._is_first, self._has_drawn, self._latest = False, False, reports
         if time.monotonic() >= self._next_picture:
             self._draw_timeline(trainer)
 
@@ -152,17 +186,24 @@ class DelayedMPMonitor(Callback):
                 "timeline", trainer, lambda pictures: pictures.draw_timeline(spans, num_batches=4), self._latest[0].step
             )
             self._latest, end = [], time.monotonic()
-            self._next_picture, self._has_drawn = end + (end - begin) / _DRAWING, True
+            self._next_picture = end + (end - begin) / _DRAWING
 
     def _draw(self, name: str, trainer: Trainer, draw: Callable[[Any], Any], step: int = 0) -> None:
         loggers = _tensorboards(trainer)
         if not loggers:
+            if trainer.loggers and not self.for_tensorboard_alone:
+                kinds = ", ".join(sorted({type(logger).__name__ for logger in trainer.loggers}))
+                self._say(
+                    f"The pipeline's monitor draws for `TensorBoardLogger` alone, but there is {kinds}: it gets numbers"
+                    " without pictures. `DelayedMPMonitor(pictures=False)` needs none."
+                )
             return
         try:
             from lightning_dgmp import pictures
         except ImportError:
             self._say("The pipeline's monitor draws with matplotlib, which is missing: `pip install matplotlib`.")
             return
+        self._has_drawn = True
         try:
             for logger in loggers:
                 logger.experiment.add_figure(f"pipeline/{name}", draw(pictures), step)

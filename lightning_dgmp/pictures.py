@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lightning_dgmp.logs import Run
+from lightning_dgmp.logs import Comparison, Run, names_of
+from lightning_dgmp.plan.memory import memory_of
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.timing import Span
 
@@ -22,6 +23,13 @@ _COLORS = {
 _NAMES = {"wait_activation": "waits for activation", "wait_error": "waits for error",
           "wait_data": "waits for data", "wait_send": "waits for receiver", "inputs": "backward, inputs",
           "weights": "backward, weights"}  # fmt: skip
+_MEMORY = (
+    ("weights", "#56B4E9", ("parameters",)),
+    ("gradients, optimizer", "#009E73", ("gradients", "optimizer")),
+    ("old weights", "#F0E442", ("snapshots",)),
+    ("activations", "#E69F00", ("activations",)),
+)
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 _HATCHES = {"wait_activation": "///", "wait_error": "\\\\\\", "wait_data": "...", "wait_send": "xxx"}
 _WIDTH = (
     4.2  # inches: TensorBoard shows a picture some 350 pixels wide, in which what is 9 points high is 10 pixels high
@@ -70,42 +78,57 @@ def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "", num_batches
     return figure
 
 
-def draw_balance(plan: Plan) -> Figure:
-    """The share of each stage in the work and in the parameters, as bars beside each other."""
-    figure, axes = _figure(plan.num_stages)
-    totals = [max(sum(getattr(s, name) for s in plan.stages), 1) for name in ("cost", "num_parameters")]
-    for i, (name, label, color) in enumerate(
-        (("cost", "work", "#56B4E9"), ("num_parameters", "parameters", "#E69F00"))
-    ):
-        shares = [100 * getattr(stage, name) / totals[i] for stage in plan.stages]
-        bars = axes.barh([k + 0.4 * i - 0.2 for k in range(plan.num_stages)], shares, height=0.36, color=color,
-                         edgecolor="black", linewidth=0.5, label=label)  # fmt: skip
-        axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=2, fontsize=_FONT - 1)
-    axes.axvline(100 / plan.num_stages, color="black", linestyle=":", linewidth=1)
-    axes.set_yticks(range(plan.num_stages), [f"stage {k}" for k in range(plan.num_stages)])
-    axes.set_ylim(plan.num_stages - 0.5, -0.5)
-    axes.margins(x=0.2)
-    axes.set_xlabel("percent of the whole model; dotted: equal stages")
+def draw_balance(plan: Plan, backward: str = "stash") -> Figure:
+    """The share of each stage in the work, and what it holds, with an optimizer as Adam.
+
+    Args:
+        plan: The plan.
+        backward: How batches are kept until their backward.
+    """
+    figure, (work, memory) = _figure(2 * plan.num_stages + 2, num_axes=2)
+    rows, total = range(plan.num_stages), sum(stage.cost for stage in plan.stages) or 1
+    shares = [100 * stage.cost / total for stage in plan.stages]
+    bars = work.barh(rows, shares, height=0.7, color="#CC79A7", edgecolor="black", linewidth=0.5)
+    work.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=2, fontsize=_FONT - 1,
+                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+    work.axvline(100 / plan.num_stages, color="black", linestyle=":", linewidth=1)
+    work.set_xlabel("percent of the work; dotted: equal stages")
+    found = memory_of(plan, backward)
+    unit, name = next((u, n) for u, n in _UNITS if max(one.total for one in found) >= u or u == 1)
+    left = [0.0] * plan.num_stages
+    for label, color, fields in _MEMORY:
+        sizes = [sum(getattr(one, field) for field in fields) / unit for one in found]
+        bars = memory.barh(rows, sizes, left=left, height=0.7, color=color, edgecolor="black", linewidth=0.5,
+                           label=label)  # fmt: skip
+        left = [a + b for a, b in zip(left, sizes)]
+    memory.bar_label(bars, [f"{one:.3g} {name}" for one in left], padding=2, fontsize=_FONT - 1)
+    memory.set_xlabel(f"{name} held at most, with an optimizer as Adam")
+    for axes in (work, memory):
+        axes.set_yticks(rows, [f"stage {k}" for k in rows])
+        axes.set_ylim(plan.num_stages - 0.5, -0.5)
+        axes.margins(x=0.25)
     figure.legend(loc="outside lower center", ncols=2, fontsize=_FONT - 1, frameon=False)
     return figure
 
 
-def draw_runs(runs: Sequence[Run], tag: str | None) -> Figure:
-    """How each stage of each run has spent its time and, if there is a ``tag``, that scalar by steps and seconds."""
-    figure = Figure(figsize=(9, 2.2 + 0.4 * sum(len(run.shares()) for run in runs) + (3 if tag else 0)), dpi=110,
-                    layout="constrained")  # fmt: skip
+def draw_runs(runs: Sequence[Run], comparison: Comparison | None) -> Figure:
+    """How each stage of each run has spent its time; above it, if there is a comparison, it and the losses."""
+    heights = [3.0, 1.0] if comparison else []
+    heights.append(2.2 + 0.4 * sum(len(run.shares()) for run in runs))
+    figure = Figure(figsize=(9, sum(heights)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(2 if tag else 1, 1, squeeze=False)[:, 0]
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    labels = names_of(runs)
     bars = parts[-1].subplots()
     names: list[str] = []
-    for run in runs:
+    for run, label_of_run in zip(runs, labels):
         for k, shares in enumerate(run.shares()):
             left = 0.0
             for kind, share in shares.items():
                 label = _NAMES.get(kind, kind) if not names else None
                 bars.barh(len(names), 100 * share, left=left, height=0.8, label=label, **_look(kind))
                 left += 100 * share
-            names.append(f"{run.folder.name}, stage {k}")
+            names.append(f"{label_of_run}, stage {k}")
     if not names:
         bars.text(0.5, 0.5, "No run has logged what its stages do.", ha="center", transform=bars.transAxes)
     bars.set_yticks(range(len(names)), names, fontsize=8)
@@ -113,27 +136,30 @@ def draw_runs(runs: Sequence[Run], tag: str | None) -> Figure:
     bars.set_xlabel("percent of the time")
     if names:
         bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
-    if tag:
+    if comparison:
         by_step, by_time = parts[0].subplots(1, 2, sharey=True)
-        for run, style in zip(runs, ("-", "--")):
-            events = run.scalars[tag]
+        for run, label, style in zip(runs, labels, ("-", "--")):
+            events = run.scalars[comparison.tag]
             values = [event.value for event in events]
-            by_step.plot([event.step for event in events], values, style, label=run.folder.name)
+            by_step.plot([event.step for event in events], values, style, label=label)
             by_time.plot([event.time - events[0].time for event in events], values, style)
-        by_step.set_ylabel(tag)
+        by_step.set_ylabel(comparison.tag)
         by_step.set_xlabel("steps")
         by_time.set_xlabel("seconds")
         by_step.legend(fontsize=8)
+        table = comparison.table(labels, [run.seconds_per_step for run in runs])
+        parts[1].text(0.5, 0.5, table, family="monospace", fontsize=8, ha="center", va="center")
     return figure
 
 
-def _figure(num_rows: int, width: float = _WIDTH) -> tuple[Figure, Any]:
+def _figure(num_rows: int, width: float = _WIDTH, num_axes: int = 1) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, 1.3 + 0.5 * num_rows), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)  # no window, whatever the project does with matplotlib
-    axes = figure.subplots()
-    axes.tick_params(labelsize=_FONT)
-    axes.xaxis.label.set_fontsize(_FONT)
-    return figure, axes
+    all_axes = figure.subplots(num_axes, squeeze=False)[:, 0]
+    for axes in all_axes:
+        axes.tick_params(labelsize=_FONT)
+        axes.xaxis.label.set_fontsize(_FONT)
+    return figure, all_axes[0] if num_axes == 1 else all_axes
 
 
 def _look(kind: str) -> dict[str, Any]:

@@ -7,50 +7,37 @@ import importlib.util
 import inspect
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.host import LightningModule, MisconfigurationException, Trainer
 from lightning_dgmp.plan.cut import PlanError
+from lightning_dgmp.plan.memory import Memory, memory_of
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
-from lightning_dgmp.plan.table import StageSummary
-from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.simulator import Prediction, StageCost, delayed, predict
 from lightning_dgmp.strategy import DelayedMPStrategy
 
-__all__ = ["REFUSALS", "Memory", "as_json", "describe", "make", "memory_of", "plans_of", "predict_plan", "trace_of"]
+__all__ = [
+    "REFUSALS",
+    "Memory",
+    "as_json",
+    "describe",
+    "make",
+    "make_data",
+    "memory_of",
+    "plans_of",
+    "predict_plan",
+    "trace_of",
+]
 
 #: What says that a module cannot be trained so.
 REFUSALS = (MisconfigurationException, PlanError, GhostError)
-
-
-class Memory(NamedTuple):
-    """What a stage holds, in bytes.
-
-    Attributes:
-        parameters: Its weights.
-        gradients: Of those that are trained.
-        optimizer: Two numbers a trained weight, as Adam keeps them.
-        snapshots: The old weights of the batches in flight.
-        activations: All values that its forwards make, for each batch in flight; what the backward needs of them is
-            less.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    snapshots: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return sum(self)
 
 
 def _load(spec: str, what: str) -> Any:
@@ -97,6 +84,20 @@ def make(spec: str, what: str, arguments: dict[str, Any], kind: type | None = No
             raise ValueError(f"{what} is {spec!r}, but calling it failed: {_text(error)}") from error
     if kind is not None and not isinstance(found, kind):
         raise ValueError(f"{what} must be a `{kind.__name__}`, but {spec!r} is a `{type(found).__name__}`.")
+    return found
+
+
+def make_data(spec: str, arguments: dict[str, Any]) -> Any:
+    """The data module or loader that ``spec`` names.
+
+    Raises:
+        ValueError: If it cannot be made, or is neither.
+    """
+    found = make(spec, "`--data`", arguments)
+    if isinstance(found, nn.Module) or not (hasattr(found, "train_dataloader") or isinstance(found, Iterable)):
+        raise ValueError(
+            f"`--data` must be a LightningDataModule or a loader, but {spec!r} is a `{type(found).__name__}`."
+        )
     return found
 
 
@@ -147,14 +148,6 @@ def plans_of(trace: Trace, module: nn.Module, numbers: list[int]) -> dict[int, P
     return plans
 
 
-def memory_of(stage: StageSummary, delay: int) -> Memory:
-    """What a stage holds if so many batches stay in flight on it."""
-    trained = stage.trained_bytes
-    return Memory(
-        stage.parameter_bytes, trained, 2 * trained, delay * stage.parameter_bytes, (delay + 1) * stage.value_bytes
-    )
-
-
 def predict_plan(plan: Plan, slack: int = 0) -> Prediction:
     """What the pipeline comes to if all devices are equal and messages take no time; its unit of time means nothing."""
     costs = [StageCost(stage.cost / 3, 2 * stage.cost / 3) for stage in plan.stages]
@@ -166,13 +159,13 @@ def as_json(number: int, plan: Plan | str) -> dict[str, Any]:
     if isinstance(plan, str):
         return {"num_stages": number, "refused": plan}
     prediction = predict_plan(plan)
-    memory = [memory_of(stage, delay) for stage, delay in zip(plan.stages, delays_of(number))]
     return {
         "num_stages": number,
         "speedup": prediction.speedup,
         "split_at": [stage.first_module for stage in plan.stages[1:]],
         "stages": [
-            {**vars(stage), "memory": {**one._asdict(), "total": one.total}} for stage, one in zip(plan.stages, memory)
+            {**vars(stage), "memory": {**one._asdict(), "total": one.total}}
+            for stage, one in zip(plan.stages, memory_of(plan))
         ],
     }
 

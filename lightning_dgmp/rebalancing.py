@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -11,6 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.ghost import Ghost, realised
+from lightning_dgmp.learned import Key, attributes_in, is_plain, put_attributes
+from lightning_dgmp.nests import is_same, marks, tensors_in
 from lightning_dgmp.plan.cut import Cuts, stage_cost
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
@@ -18,7 +21,7 @@ from lightning_dgmp.stage.shadow import Shadow, restore
 from lightning_dgmp.timing import Span
 from lightning_dgmp.world import World
 
-__all__ = ["Measurement", "better_plan", "busy_in", "move_parameters", "wait_for_device"]
+__all__ = ["KeptState", "Measurement", "better_plan", "busy_in", "move_parameters", "wait_for_device"]
 
 _GAIN = 0.05  # of the slowest stage's time, for which it is worth to move
 _MIN_BATCHES = 8  # to be measured
@@ -139,6 +142,65 @@ def move_parameters(
             received = world.gather(mine, f"the move of `{name}`", pair, ranks[target])
             if received is not None:
                 _take(parameter, received[0], optimizers)
+
+
+class KeptState:
+    """What modules keep from batch to batch in plain attributes, which moves with the cuts.
+
+    Args:
+        root: The LightningModule, as it is on all stages.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._before = {key: _mark(value) for key, value in self._attributes()}
+        self._mine: dict[Key, Any] = {}
+        self._known: list[tuple[set[Key], dict[Key, str]]] = []
+
+    def _attributes(self) -> Iterator[tuple[Key, Any]]:
+        return attributes_in(self._root.named_modules())
+
+    def look(self, gather: Callable[[Any, str], list[Any]]) -> None:
+        """See what has changed. All stages must call it.
+
+        Args:
+            gather: ``gather(item, what)`` gives all stages the ``item`` of each.
+        """
+        changed = {key: value for key, value in self._attributes() if not _is_as_before(self._before.get(key), value)}
+        self._mine = {key: realised(value) for key, value in changed.items() if is_plain(value)}
+        self._mine = {key: value for key, value in self._mine.items() if not tensors_in(value, Ghost)}
+        others = {key: type(value).__name__ for key, value in changed.items() if not is_plain(value)}
+        self._known = gather((set(self._mine), others), "what modules keep")
+
+    def obstacles(self, old: Plan, new: Plan) -> list[str]:
+        """What would have to move, but cannot be sent."""
+        return [
+            f"`{'.'.join(filter(None, key))}` of type `{kind}`"
+            for stage, (_, others) in enumerate(self._known)
+            for key, kind in sorted(others.items())
+            if old.modules.get(key[0]) == stage != new.modules.get(key[0])
+        ]
+
+    def share(self, old: Plan, ranks: Sequence[int], world: World, device: torch.device) -> None:
+        """Give all stages what the one has that ran the module. All stages must call it.
+
+        What several have entered was changed last on the latest that has values of it: later ones have ghosts.
+        """
+        sources = {key: stage for stage, (keys, _) in enumerate(self._known) for key in keys}
+        sources |= {key: owner for key in sources if (owner := old.modules.get(key[0])) is not None}
+        for stage, rank in enumerate(ranks):
+            given = {key: value for key, value in self._mine.items() if sources[key] == stage}
+            put_attributes(self._root, world.share(given, "the move of what modules keep", ranks, rank, device))
+
+
+def _mark(value: Any) -> Any:
+    return marks(value) if is_plain(value) else value
+
+
+def _is_as_before(before: Any, value: Any) -> bool:
+    if is_plain(value):
+        return isinstance(before, list) and is_same(before, value)
+    return before is value or callable(value)
 
 
 @torch.no_grad()

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import math
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_dgmp.clipping import norm_of
+from lightning_dgmp.nests import leaves, tensors_in
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.timing import KINDS, Span
 from lightning_dgmp.transport import REPORTS, Transport
 from lightning_dgmp.wire import Message
 
-__all__ = ["Report", "Reporter"]
+__all__ = ["Report", "Reporter", "saved_by"]
 
 
 class Report(NamedTuple):
@@ -72,8 +72,6 @@ class Reporter:
         self._last = runner.plan.num_stages - 1
         self._clock = transport.clock
         self._arrived: dict[int, dict[int, Message]] = {}  # by step and stage; filled by threads
-        self._activation_bytes = 0  # of one batch
-        self._counts_next = True
         self._marked = 0.0
         self._bytes_before = transport.bytes_sent
         self._batches_before = runner.num_forwards
@@ -81,7 +79,7 @@ class Reporter:
 
     def follow(self, runner: StageRunner) -> None:
         """Report of another runner of the same stage from now on."""
-        self._runner, self._counts_next = runner, True
+        self._runner = runner
         self.restart()
 
     def restart(self) -> None:
@@ -89,37 +87,10 @@ class Reporter:
         self._clock.take()
         self._bytes_before, self._batches_before = self._transport.bytes_sent, self._runner.num_forwards
 
-    def watching_forward(self) -> AbstractContextManager[None]:
-        """Around a forward: now and then what it keeps for the backward is counted."""
-        if not self._counts_next:
-            return nullcontext()
-        self._counts_next = False
-        return self._counting()
-
-    @contextmanager
-    def _counting(self) -> Iterator[None]:
-        weights = {p.untyped_storage().data_ptr() for p in self._runner.own.values()}
-        found: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            if type(tensor) is Tensor:  # ghosts and parameters keep nothing
-                storage = tensor.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(count, lambda tensor: tensor):
-            yield
-        if not self._runner.in_flight:
-            return
-        record = self._runner.in_flight[-1]
-        weights |= {t.untyped_storage().data_ptr() for t in record.parameters.values()}
-        self._activation_bytes = sum(nbytes for key, nbytes in found.items() if key not in weights)
-        for message in record.received.values():
-            self._activation_bytes += sum(t.nbytes for t in message.tensors if t is not None)
-
-    def mark(self) -> None:
-        """Let a later report without a limit bring all spans from now on, as far as they are kept."""
-        self._marked = time.time()
+    def mark(self, since: float) -> None:
+        """Let a later report without a limit bring all spans from a time on, of which those from now on are kept."""
+        self._marked = since
+        self._clock.keep_all(True)
 
     def report(self, step: int, updates_each: int, max_spans: int | None) -> None:
         """Send a report to the last stage, or keep it there.
@@ -143,15 +114,17 @@ class Reporter:
             sent / iterations,
             sum(p.nbytes for p in runner.own.values()),
             _num_bytes(snapshots),
-            self._activation_bytes * len(runner.in_flight),
+            self._activation_bytes() * len(runner.in_flight),
         ]
-        self._counts_next = True
         host = torch.tensor(plain, dtype=torch.float64)
         device = torch.stack(
             [_norm(runner.gradients(), runner), self._snapshot_distance()]
         )  # without waiting for a device
         spans = [span for span in self._clock.spans if max_spans is not None or span.start >= self._marked]
-        spans = spans if max_spans is None else spans[-max_spans:]
+        if max_spans is None:
+            self._clock.keep_all(False)
+        else:
+            spans = spans[-max_spans:]
         rows = torch.tensor([[KINDS.index(s.kind), *s[1:]] for s in spans], dtype=torch.float64).reshape(-1, 4)
         message = Message(step, 0, [host, device, rows])
         if runner.is_last:
@@ -166,8 +139,23 @@ class Reporter:
         arrived = [self._arrived.pop(step) for step in done]
         return [[_read(messages[stage]) for stage in range(self._last + 1)] for messages in arrived]
 
+    @property
+    def known_until(self) -> float:
+        """On the last stage: all reports up to this step have come from all stages."""
+        return min(list(self._arrived), default=math.inf) - 1
+
     def _take(self, stage: int, message: Message) -> None:
         self._arrived.setdefault(message.batch, {})[stage] = message
+
+    def _activation_bytes(self) -> int:
+        """Of the newest batch in flight."""
+        if not self._runner.in_flight:
+            return 0
+        record = self._runner.in_flight[-1]
+        weights = _storages([*self._runner.own.values(), *record.parameters.values()])
+        found = _storages(saved_by(record.exits.values()))
+        received = [t.nbytes for message in record.received.values() for t in message.tensors if t is not None]
+        return sum(nbytes for key, nbytes in found.items() if key not in weights) + sum(received)
 
     def _snapshot_distance(self) -> Tensor:
         runner = self._runner
@@ -197,5 +185,37 @@ def _norm(tensors: Sequence[Tensor], runner: StageRunner) -> Tensor:
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return sum(_storages(tensors).values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """The bytes of each storage, by where it is."""
+    storages = (t.untyped_storage() for t in tensors if t.layout == torch.strided)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def saved_by(roots: Iterable[Tensor]) -> list[Tensor]:
+    """What the graph behind ``roots`` keeps for the backward.
+
+    The finished graph is looked through, because hooks around the forward would exclude `torch.func`; and nothing is
+    unpacked, which would run checkpointed code again.
+    """
+    waiting = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen, found = set(waiting), []
+    while waiting:
+        node = waiting.pop()
+        for name in _saved_names(type(node)):
+            try:
+                raw = getattr(node, name)
+            except RuntimeError:  # freed
+                continue
+            found += [t for saved in leaves(raw) if saved is not None for t in tensors_in(saved.data)]
+        new = {function for function, _ in node.next_functions if function is not None} - seen
+        seen |= new
+        waiting += new
+    return [t for t in found if type(t) is Tensor]  # ghosts and parameters keep nothing
+
+
+@cache
+def _saved_names(kind: type) -> list[str]:
+    return [name for name in dir(kind) if name.startswith("_raw_saved")]

@@ -52,7 +52,7 @@ class StageCost:
         weights: The share of the backward that makes gradients of weights.
 
     Raises:
-        ValueError: If one is negative, or the share over 1.
+        ValueError: If one is negative or infinite, or the share over 1.
     """
 
     forward: float
@@ -63,8 +63,8 @@ class StageCost:
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward", "update", "nbytes", "weights"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` of a stage must be at least 0, but is {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` of a stage must be at least 0 and finite, but is {getattr(self, name)}.")
         if self.weights > 1:
             raise ValueError(f"`weights` is a share of the backward, from 0 to 1, but is {self.weights}.")
 
@@ -91,15 +91,15 @@ class Link:
         bandwidth: Bytes a second.
 
     Raises:
-        ValueError: If the latency is negative or the bandwidth not positive.
+        ValueError: If the latency is negative or infinite, or the bandwidth not positive.
     """
 
     latency: float = 0.0
     bandwidth: float = float("inf")
 
     def __post_init__(self) -> None:
-        if not self.latency >= 0:
-            raise ValueError(f"`latency` must be at least 0 seconds, but is {self.latency}.")
+        if not 0 <= self.latency < float("inf"):
+            raise ValueError(f"`latency` must be at least 0 seconds and finite, but is {self.latency}.")
         if not self.bandwidth > 0:
             raise ValueError(f"`bandwidth` must be more than 0 bytes a second, but is {self.bandwidth}.")
 
@@ -258,6 +258,8 @@ def predict(
         raise ValueError(f"A prediction needs a schedule of at least 4 batches, but it has {len(updates)}.")
     first, end = len(updates) // 4, 3 * len(updates) // 4
     period = (updates[end] - updates[first]) / (end - first)
+    if not period > 0:
+        raise ValueError("A prediction needs stages that take time, but all of these take 0 seconds.")
     work = [cost.total for cost in costs]
     return Prediction(period, max(work) / period, sum(work) / period, timeline)
 

@@ -24,6 +24,7 @@ from lightning_dgmp.host import (
     MixedPrecision,
     is_param_in_hook_signature,
     rank_zero_info,
+    rank_zero_warn,
 )
 from lightning_dgmp.metrics import logging_nothing
 from lightning_dgmp.nests import copied_tensors
@@ -33,7 +34,7 @@ from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
-from lightning_dgmp.rebalancing import Measurement, better_plan, busy_in, move_parameters, wait_for_device
+from lightning_dgmp.rebalancing import KeptState, Measurement, better_plan, busy_in, move_parameters, wait_for_device
 from lightning_dgmp.remedies import Moment, Updates
 from lightning_dgmp.reports import Reporter
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
@@ -71,6 +72,7 @@ class StartingStrategy(EvaluatingStrategy):
         self._traced: Trace | None = None
         self._measured_from: int | None = None  # with which batch
         self._call_seconds: dict[str, float] = {}
+        self._kept: KeptState | None = None  # since training has begun
         self._virtual_stages: VirtualStages | None = None
         self._updates: Updates | None = None
         self._is_synchronous = False
@@ -109,10 +111,6 @@ class StartingStrategy(EvaluatingStrategy):
     def measuring(self, kind: Kind, batch: int) -> AbstractContextManager[None]:
         """A context whose time counts for ``kind``."""
         return nullcontext() if self.clock is None else self.clock.measuring(kind, batch)
-
-    def watching_forward(self) -> AbstractContextManager[None]:
-        """Around a forward."""
-        return nullcontext() if self.reporter is None else self.reporter.watching_forward()
 
     def watch(self) -> Reporter | None:
         """Let this stage report from now on, if it is one of several processes. All of them must call it."""
@@ -217,6 +215,7 @@ class StartingStrategy(EvaluatingStrategy):
             return
         self._measured_from = runner.num_forwards + 2 * self.plan.delays[0] + 2
         self._call_seconds = {}
+        self._kept = self._kept or KeptState(runner.root)
         runner.timing = self._timing
 
     @contextmanager
@@ -250,10 +249,20 @@ class StartingStrategy(EvaluatingStrategy):
         if found is None:
             return
         plan, gain = found
+        assert self._kept is not None
+        self._kept.look(self.gather_from_stages)
+        obstacles = world.all_gather(self._kept.obstacles(self.plan, plan), "what cannot move")
+        if any(obstacles):
+            rank_zero_warn(
+                f"By measured times other cuts make the slowest stage {100 * gain:.0f} % faster, but the cuts stay,"
+                f" because what modules keep must be tensors, numbers or texts to move: {max(obstacles)[0]} is not."
+            )
+            return
         rank_zero_info(f"By measured times the slowest stage gets {100 * gain:.0f} % faster with:\n{plan.table()}\n")
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
         move_parameters(old.runner.slots, optimizers, self.plan, plan, self.stage, self._stage_ranks, world)
         old.give_way()
+        self._kept.share(self.plan, self._stage_ranks, world, self.root_device)
         squares = torch.zeros(self.num_stages, device=self.root_device) if self.squares is None else self.squares
         self._end_training()
         self._undo_scaler()

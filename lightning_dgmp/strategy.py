@@ -222,7 +222,7 @@ class DelayedMPStrategy(StartingStrategy):
         moment = module.global_step, module.current_epoch, module.trainer.fit_loop.batch_idx
         if runner.averaging is not None and is_first:  # as DDP does
             runner.averaging.share_buffers()
-        with self.measuring("forward", number), self.watching_forward():
+        with self.measuring("forward", number):
             result = runner.forward(step)
         if not runner.is_last:
             return runner.absent_loss

@@ -49,6 +49,10 @@ class Clock:
         """A context in which the time counts for ``kind``."""
         return _Measurement(self, kind, batch)
 
+    def keep_all(self, keeps: bool) -> None:
+        """Whether all spans are kept from now on, or the newest alone."""
+        self.spans = deque(self.spans, None if keeps else _NUM_SPANS)
+
     def take(self) -> tuple[dict[Kind, float], float]:
         """The seconds of each kind since the last time this was asked, and of all together."""
         now = time.perf_counter()

@@ -44,7 +44,7 @@ def log(folder: Path, seconds: float, losses: list[float], monitored: bool) -> P
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["plan", f"{MODELS}:LanguageModel", "--data", "tests.models:ragged_tokens", "--stages", "2", "4", "40"]
+    argv = ["plan", f"{MODELS}:LanguageModel", "--data", "tests.models:ragged_tokens", "--stages", "2", "4", "40", "0"]
     code, out, _ = run(capsys, *argv)
     assert code == 0
     assert out.count("first module") == 2
@@ -52,8 +52,9 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Predicted: 1.9" in out
     assert "`num_stages=40` needs 39 cuts" in out
     code, out, _ = run(capsys, *argv, "--json")
-    two, four, forty = json.loads(out)
+    two, four, forty, none = json.loads(out)
     assert [one["num_stages"] for one in (two, four, forty)] == [2, 4, 40]
+    assert none["refused"] == "`num_stages` must be at least 1, but is 0."
     assert two["split_at"] == ["gpt.blocks.2.qkv"]
     assert 3 < four["speedup"] < 4
     assert "refused" in forty
@@ -93,6 +94,26 @@ def test_modules_that_cannot_be_planned(capsys: pytest.CaptureFixture[str], modu
     assert text in err
 
 
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--stages", "30", "40"], "the module can be cut into none of these numbers of stages"),
+        (["--data", "tests.models:MLP"], "`--data` must be a LightningDataModule or a loader, but 'tests.models:MLP'"),
+    ],
+)
+def test_plans_that_cannot_be_made(capsys: pytest.CaptureFixture[str], argv: list[str], text: str) -> None:
+    code, _, err = run(capsys, "plan", "tests.models:MLP", "--data", "tests.models:vectors", *argv)
+    assert code == 1
+    assert text in err
+
+
+@pytest.mark.parametrize("value", ["{bad", "[1]"])
+def test_arguments_are_json_objects(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "tests.models:MLP", "--args", value])
+    assert f"must be a JSON object, such as '{{\"layers\": 24}}', but is {value!r}" in capsys.readouterr().err
+
+
 def test_what_training_refuses_a_plan_refuses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     script = tmp_path / "manual.py"
     script.write_text(
@@ -124,6 +145,13 @@ def test_simulate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ("argv", "text"),
     [
         (["--forward", "-1", "--backward", "2"], "`forward` of a stage must be at least 0"),
+        (
+            ["--forward", "inf", "1", "--backward", "2"],
+            "at least 0 and finite, but is inf",
+        ),
+        (["--forward", "0", "0", "--backward", "0", "0"], "all of these take 0 seconds"),
+        (["--forward", "1", "--backward", "2", "--png", "nodir/a.png"], "`--png` must be a file that can be written"),
+        (["--forward", "1", "--backward", "2", "--png", "a.xyz"], "'a.xyz' is not: Format 'xyz' is not supported"),
         (["--forward", "1", "2", "--backward", "1", "2", "3"], "2 for `forward`, but there are 3 for `backward`"),
         (["--forward", "1", "--backward", "2", "--slack", "-1"], "`slack` must be at least 0, but is -1"),
         (["--forward", "1", "--backward", "2", "--bandwidth", "0"], "`bandwidth` must be more than 0"),
@@ -141,7 +169,7 @@ def test_impossible_simulations(capsys: pytest.CaptureFixture[str], argv: list[s
 def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The second run makes a step in twice the time, and needs two thirds of the steps to the loss of the first."""
     ours = log(tmp_path / "ours" / "version_0", 0.1, [4, 3.5, 3, 2.5], monitored=True)
-    theirs = log(tmp_path / "theirs", 0.2, [4, 3, 2, 1], monitored=False)
+    theirs = log(tmp_path / "theirs" / "version_0", 0.2, [float("nan"), 3, 2, 1], monitored=False)
     code, out, _ = run(capsys, "report", str(tmp_path / "ours"))
     assert code == 0
     assert "100.0 ms a step" in out
@@ -161,17 +189,40 @@ def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert comparison["speedup"] == pytest.approx(2 * 21 / 31)
     assert picture.stat().st_size > 10_000
     code, out, _ = run(capsys, "report", str(ours), str(theirs))
-    assert "2.00 times as fast a step x 0.68 times as few steps = 1.35 times sooner" in out
+    rows = [re.split("  +", line) for line in out.splitlines()[-4:]]
+    assert rows == [
+        ["`val_loss` down to 2.5", "ours/version_0", "theirs/version_0", "the first against the second"],
+        ["ms a step", "100.0", "200.0", "2.00 times as fast"],
+        ["steps", "30", "20", "0.68 times as few"],
+        ["both", "1.35 times sooner"],
+    ]
+
+
+def test_shares_of_a_stage_sum_to_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Each interval counts as long as it is, and that in which the pipeline fills not at all."""
+    writer = SummaryWriter(str(tmp_path))
+    rows = (10, 1.0, 0.0), (20, 0.9, 0.1), (30, 0.5, 0.5), (50, 0.2, 0.8)
+    for step, forward, wait in rows:
+        writer.add_scalar("stage_0/forward", forward, step, walltime=step)
+        writer.add_scalar("stage_0/wait_error", wait, step, walltime=step)
+    writer.close()
+    _, out, _ = run(capsys, "report", str(tmp_path), "--json")
+    shares = json.loads(out)["runs"][0]["shares"][0]
+    assert shares["forward"] == pytest.approx((0.9 + 0.5 + 2 * 0.2) / 4)
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_reports_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run_folder = log(tmp_path / "run", 0.1, [4, 3], monitored=False)
+    diverged = log(tmp_path / "diverged", 0.1, [float("nan"), float("inf")], monitored=False)
     short = log(tmp_path / "short", 0.1, [4], monitored=False)
     for argv, text in (
+        ([str(run_folder), "--png", "nodir/a.png"], "`--png` must be a file that can be written, but 'nodir/a.png'"),
         (["nowhere"], "A log folder must exist, but nowhere does not."),
         ([str(tmp_path / "empty")], "has none, also in subfolders"),
         ([str(short)], "must have logged a scalar twice"),
+        ([str(run_folder), str(diverged)], "compared by a finite `val_loss`, but all of"),
         ([str(run_folder), str(run_folder), "--loss", "accuracy"], "'accuracy' is not in ['val_loss']"),
     ):
         code, _, err = run(capsys, "report", *argv)

@@ -122,13 +122,13 @@ def test_updates_count() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="`forward` of a stage must be at least 0, but is -1"):
+    with pytest.raises(ValueError, match="`forward` of a stage must be at least 0 and finite, but is -1"):
         StageCost(-1, 2)
-    with pytest.raises(ValueError, match="`backward` of a stage must be at least 0, but is nan"):
+    with pytest.raises(ValueError, match="`backward` of a stage must be at least 0 and finite, but is nan"):
         StageCost(1, math.nan)
     with pytest.raises(ValueError, match="from 0 to 1, but is 2"):
         StageCost(1, 2, weights=2)
-    with pytest.raises(ValueError, match=r"`latency` must be at least 0 seconds, but is -0\.1"):
+    with pytest.raises(ValueError, match=r"`latency` must be at least 0 seconds and finite, but is -0\.1"):
         Link(-0.1)
     with pytest.raises(ValueError, match="`bandwidth` must be more than 0"):
         Link(bandwidth=0)

@@ -79,9 +79,7 @@ def fit(
         devices=devices,
         strategy=chosen,
         max_epochs=max_epochs,
-        logger=logger,
-        log_every_n_steps=1,
-        **{**defaults, **trainer_args},
+        **{"logger": logger, "log_every_n_steps": 1, **defaults, **trainer_args},
     )
     trainer.fit(module, make_loader(), make_val_loader() if make_val_loader else None, ckpt_path=ckpt_path)
     return Outcome(trainer, module, logger)

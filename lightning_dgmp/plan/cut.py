@@ -206,6 +206,8 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
     that hold the units below ``c``.
     """
     ends = [0, *cuts.possible, len(cuts.units)]
+    if num_stages < 1:
+        raise PlanError(f"`num_stages` must be at least 1, but is {num_stages}.")
     if num_stages > len(ends) - 1:
         reasons = "; ".join(f"{reason} [{count} places]" for reason, count in _common(cuts.obstacles.values()))
         stopped = f" The step could be read only up to a point: {cuts.trace.stopped}." if cuts.trace.stopped else ""

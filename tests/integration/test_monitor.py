@@ -6,16 +6,20 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_dgmp import DelayedMPMonitor, DelayedMPStrategy
+from lightning_dgmp.reports import saved_by
 from lightning_dgmp.timing import KINDS
 from tests import models
 from tests.pool import WorkerPool
@@ -129,13 +133,37 @@ def test_the_monitor_names_the_slow_stage(pool: WorkerPool, tmp_path: Path) -> N
     assert not said[2]
 
 
+def lines_of_epochs(num_batches: int, max_epochs: int) -> list[str]:
+    """Those of a training without a logger."""
+    said: list[str] = []
+    with patch("lightning_dgmp.monitor.rank_zero_info", said.append):
+        fit(models.MLP, models.vectors, {"num_stages": 2}, 2, logger=False, limit_train_batches=num_batches,
+            max_epochs=max_epochs, log_every_n_steps=50)  # fmt: skip
+    return said
+
+
+@pytest.mark.parametrize("num_batches", [3, 12])
+def test_each_epoch_has_a_line(pool: WorkerPool, num_batches: int) -> None:
+    """Also where there is no logger, and an epoch has one report."""
+    said = pool.run(lines_of_epochs, 2, num_batches, 2)
+    assert [line.partition(" takes")[0] for line in said[0]] == ["Epoch 0: a batch", "Epoch 1: a batch"]
+    assert said[1] == []
+
+
 def test_any_logger_gets_the_numbers(pool: WorkerPool, tmp_path: Path) -> None:
     logger, callbacks = CSVLogger(str(tmp_path), name="", version=""), [DelayedMPMonitor()]
-    pool.run(train, 2, "", 2, (0.001, 0.001), logger=logger, callbacks=callbacks, log_every_n_steps=10)
+    args = {"logger": logger, "log_every_n_steps": 10}
+    said = pool.run(train, 2, "", 2, (0.001, 0.001), callbacks=callbacks, **args)
+    assert [text for text in said[0] if "draws" in text] == [
+        "The pipeline's monitor draws for `TensorBoardLogger` alone, but there is CSVLogger: it gets numbers without"
+        " pictures. `DelayedMPMonitor(pictures=False)` needs none."
+    ]
     header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
     assert "pipeline/efficiency" in header
     assert "stage_1/wait_activation" in header
     assert len(rows) >= 4
+    args["logger"] = CSVLogger(str(tmp_path), name="", version="again")
+    assert not [text for text in pool.run(train, 2, "", 2, (0.001, 0.001), **args)[0] if "draws" in text]
 
 
 def test_a_trace_file_has_all_stages(pool: WorkerPool, tmp_path: Path) -> None:
@@ -150,6 +178,29 @@ def test_a_trace_file_has_all_stages(pool: WorkerPool, tmp_path: Path) -> None:
     ends = {(e["tid"], e["args"]["batch"]): e["ts"] + e["dur"] for e in spans if e["cat"] == "forward"}
     for (stage, batch), end in ends.items():  # a later stage cannot be done before an earlier one
         assert (stage + 1, batch) not in ends or ends[stage + 1, batch] > end
+
+
+@pytest.mark.parametrize("window", [(0, 34), (6, 30)])
+def test_a_trace_may_be_longer_than_what_is_kept_otherwise(
+    pool: WorkerPool, tmp_path: Path, window: tuple[int, int]
+) -> None:
+    pool.run(train_with_short_memory, 2, str(tmp_path), window)
+    content = json.loads((tmp_path / "pipeline_trace.json").read_text())
+    for stage in range(2):
+        forwards = [e["args"]["batch"] for e in content["traceEvents"] if e["tid"] == stage and "forward" in e.values()]
+        assert forwards == list(range(*window))
+
+
+def train_with_short_memory(folder: str, window: tuple[int, int]) -> None:
+    with patch("lightning_dgmp.timing._NUM_SPANS", 20):
+        train(folder, 2, (0.001, 0.001), callbacks=[DelayedMPMonitor(False, window)])
+
+
+def test_a_trace_that_is_not_reached_is_missed(pool: WorkerPool, tmp_path: Path) -> None:
+    callbacks = [DelayedMPMonitor(False, (30, 40))]
+    said = pool.run(train, 2, str(tmp_path), 2, (0.001, 0.001), callbacks=callbacks)
+    assert "There is no `pipeline_trace.json`: `trace_steps=(30, 40)`" in "".join(said[0])
+    assert "pipeline_trace" not in "".join(said[1])
 
 
 def fit_with_monitor(num_stages: int, watched: bool) -> Outcome:
@@ -168,6 +219,38 @@ def test_nothing_changes_for_the_training(pool: WorkerPool) -> None:
     assert_equal(watched, plain, 0.0)
 
 
+class Gain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.func.grad(lambda y: y.pow(2).sum())(torch.ones(3)).mean() / 2
+
+
+class WithTorchFunc(models.MLP):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hidden.insert(1, Gain())
+
+
+def test_hooks_of_the_graph_are_left_to_the_user(pool: WorkerPool) -> None:
+    """`torch.func` refuses to work within others."""
+    callbacks = [DelayedMPMonitor()]
+    outcome = pool.run(fit, 2, WithTorchFunc, models.vectors, {"num_stages": 2}, 2, callbacks=callbacks)[0]
+    assert [row for _, row in outcome.rows if row.get("stage_0/activation_bytes", 0) > 0]
+
+
+def test_what_a_graph_keeps_is_counted_from_outside() -> None:
+    calls: list[int] = []
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Dropout(), nn.Flatten(), nn.Linear(64, 8))
+    body.register_forward_hook(lambda *_: calls.append(1))
+    x, packed = torch.randn(2, 3, 6, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        body(x)[:, torch.tensor([0, 2])].square().sum()
+    found = saved_by([body(x)[:, torch.tensor([0, 2])].square().sum()])
+    assert sorted(t.shape for t in found) == sorted(t.shape for t in packed if type(t) is Tensor)
+    calls.clear()
+    assert saved_by([checkpoint(body, x, use_reentrant=False)]) == []
+    assert calls == [1]  # nothing runs again
+
+
 class Broken(ListLogger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if "pipeline/period" in metrics:
@@ -175,7 +258,7 @@ class Broken(ListLogger):
 
 
 def test_the_monitor_never_stops_a_training(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = pool.run(train, 2, "", 2, (0.001, 0.001), logger=Broken(), callbacks=[DelayedMPMonitor()],
+    said = pool.run(train, 2, "", 2, (0.001, 0.001), logger=Broken(), callbacks=[DelayedMPMonitor(False)],
                     log_every_n_steps=5)  # fmt: skip
     assert said[0] == ["The pipeline's monitor could not log: OSError: the disk is full"]
     assert said[1] == []
@@ -231,3 +314,5 @@ def test_what_is_kept_for_later_counts(pool: WorkerPool, backward: str) -> None:
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="`trace_steps` must be two steps, the first before the second, but is"):
         DelayedMPMonitor(trace_steps=(5, 5))
+    with pytest.raises(ValueError, match="`trace_steps` must be at most 10000 steps apart, but is"):
+        DelayedMPMonitor(trace_steps=(5, 20_000))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
 
 from lightning_dgmp import DelayedMPStrategy
 from lightning_dgmp.plan.plan import make_plan
 from lightning_dgmp.rebalancing import busy_in
 from lightning_dgmp.timing import Span
 from tests import models, sharing
-from tests.integration.test_monitor import Sleepers
+from tests.integration.test_monitor import Sleepers, events
 from tests.pool import WorkerPool
 from tests.training import Outcome, fit
 
@@ -81,6 +83,63 @@ def test_going_on_is_beginning_with_the_new_cuts(
     for ours, theirs in zip(moved, resumed):
         for name, value in theirs.state.items():
             torch.testing.assert_close(ours.state[name], value, rtol=0, atol=0)
+
+
+class Keeping(nn.Module):
+    """Keeps what it has seen from batch to batch: a tensor, a nest, a number, an object."""
+
+    def __init__(self, unsendable: bool = False) -> None:
+        super().__init__()
+        self.linear, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.count, self.unsendable = 0, unsendable
+        self.state: Any = None
+        self.pair: Any = [torch.zeros(16), 0.0]
+        self.memory = SimpleNamespace(mean=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.linear(x)))
+        if self.state is not None:
+            out = out + self.state + self.pair[0] + 0.01 * self.count
+        new = torch.tanh(out)
+        if self.training:
+            self.state, self.count = new.detach().mean(0), self.count + 1
+            self.pair = [0.5 * self.pair[0] + new.detach()[0], 1.0]
+            if self.unsendable:
+                self.memory = SimpleNamespace(mean=iter(()))
+        return new
+
+
+class Stateful(models.ValidatedMLP):
+    def __init__(self, unsendable: bool = False, **kwargs: Any) -> None:
+        super().__init__(lr=0.0, **kwargs)
+        self.hidden = nn.ModuleList(Keeping(unsendable) for _ in range(4))
+
+
+@pytest.mark.parametrize("starts", [AFTER, ["hidden.2", "hidden.3"], ["hidden.1.second", "hidden.2"]])
+def test_what_modules_keep_moves_along(pool: WorkerPool, tmp_path: Path, starts: list[str]) -> None:
+    """With a learning rate of zero the losses do not depend on cuts, but on what is kept."""
+    args = {"starts": starts, "val_check_interval": 4}
+    moved = pool.run(fit_and_move, 3, str(tmp_path), Stateful, models.vectors, None, 3, **args)[0]
+    assert [stage.first_module for stage in moved.summaries[1:]] == starts
+    alone = pool.run(fit, 1, Stateful, models.vectors, None, 1, make_val_loader=models.vectors, max_epochs=3,
+                     limit_train_batches=10, val_check_interval=4)[0]  # fmt: skip
+    losses = [[row for row in outcome.rows if "loss" in row[1] or "val_loss" in row[1]] for outcome in (moved, alone)]
+    assert losses[0] == [(step, pytest.approx(row, rel=1e-5)) for step, row in losses[1]]
+
+
+def test_the_balance_is_drawn_again(pool: WorkerPool, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    pool.run(fit_and_move, 3, str(tmp_path), models.ValidatedMLP, models.vectors, None, 3, logger=logger)
+    found = events(tmp_path)
+    before, after = found.Images("pipeline/balance")
+    assert (before.step, after.step) == (1, 11)
+    assert before.encoded_image_string != after.encoded_image_string
+
+
+def test_cuts_stay_where_state_cannot_move(pool: WorkerPool, tmp_path: Path) -> None:
+    args = {"module_args": {"unsendable": True}}
+    outcome = pool.run(fit_and_move, 3, str(tmp_path), Stateful, models.vectors, None, 3, **args)[0]
+    assert [stage.first_module for stage in outcome.summaries[1:]] != AFTER
 
 
 def fit_unequal(seconds: tuple[float, ...], **kwargs: Any) -> Outcome:
