@@ -134,12 +134,13 @@ class OptimizerShards:
         self._slots, self._plan, self._stage = slots, plan, stage
         self._names: list[list[str]] = []
         self._own: list[str] = []
-        self._divide()
+        self.divide()
 
-    def _divide(self) -> None:
+    def divide(self) -> None:
         """Take what is of other stages out of the groups that are new, as those of finetuning callbacks."""
         for param_group in self.optimizer.param_groups[len(self._names) :]:
-            names = [self._name(p) for p in param_group["params"]]
+            known = {name for names in self._names for name in names}  # of others; who adds them again cannot see them
+            names = [name for p in param_group["params"] if (name := self._name(p)) not in known]
             own = [name for name in names if self._stage in self._plan.stage_of(name)]
             self._names.append(names)
             self._own += own
@@ -149,10 +150,11 @@ class OptimizerShards:
                 self.optimizer.state.pop(parameter, None)
 
     def unite(self) -> None:
-        """Put all parameters into the groups again."""
-        self._divide()
+        """Put all parameters into the groups again, until they are divided."""
+        self.divide()
         for param_group, names in zip(self.optimizer.param_groups, self._names):
             param_group["params"] = [self._slots.parameters[name] for name in names]
+        self._names, self._own = [], []
 
     def _name(self, parameter: nn.Parameter) -> str:
         if parameter not in self._slots.names:
@@ -164,7 +166,7 @@ class OptimizerShards:
 
     def own_state_dict(self) -> dict[str, Any]:
         """The state of this stage's parameters by their names, and the groups of all; nobody is asked."""
-        self._divide()
+        self.divide()
         local = self.optimizer.state_dict()
         groups = [{**saved, "params": names} for saved, names in zip(local["param_groups"], self._names)]
         named = {self._own[i]: state for i, state in local["state"].items()}

@@ -221,6 +221,11 @@ class _DelayedFitLoop(_WithStrategy, _FitLoop):
         return super().skip
 
     @override
+    def on_advance_start(self) -> None:
+        with self._strategy.whole_optimizers():  # finetuning callbacks look and store which parameters they have
+            super().on_advance_start()
+
+    @override
     def on_advance_end(self) -> None:
         self.trainer._logger_connector.epoch_end_reached()  # from here on the metrics are those of the epoch
         self._strategy.learned.share_state()

@@ -164,8 +164,17 @@ class Pipeline:
         """Leave what a pipeline with another plan begins with, the parameters apart. All stages must call it."""
         remove_ghosts(self.runner.root)
         self._weights.share_buffers()
+        self.unite_optimizers()
+
+    def unite_optimizers(self) -> None:
+        """Let the groups of optimizers have all parameters."""
         for shards in self._optimizers:
             shards.unite()
+
+    def divide_optimizers(self) -> None:
+        """Leave in them those of this stage."""
+        for shards in self._optimizers:
+            shards.divide()
 
     def close(self) -> None:
         """Give every process all values for good. Nothing may be in flight."""

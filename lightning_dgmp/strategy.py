@@ -323,6 +323,15 @@ class DelayedMPStrategy(StartingStrategy):
         with self._pipeline.whole_model(), self._interception.suspended():
             yield
 
+    @contextmanager
+    def whole_optimizers(self) -> Iterator[None]:
+        """Let the groups of optimizers have all parameters meanwhile, for who looks which are in them."""
+        if self._pipeline is not None:
+            self._pipeline.unite_optimizers()
+        yield
+        if self._pipeline is not None:  # which may have other cuts now
+            self._pipeline.divide_optimizers()
+
     def finish_training(self) -> None:
         """Flush and leave the whole model on every process."""
         self._measured_from = None

@@ -27,7 +27,8 @@ from lightning.pytorch.callbacks import (
     Timer,
     TQDMProgressBar,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -175,6 +176,65 @@ def test_a_finetuning_callback_adds_a_parameter_group(pool: WorkerPool, tmp_path
     assert groups[0] == groups[1]
     assert len(groups[0]) > 1
     assert optimizers[0]["state"].keys() == optimizers[1]["state"].keys()
+
+
+class FinetunedBackbone(models.Base):
+    """Its BatchNorm stays trainable when ``freeze`` takes the rest, so the optimizer has it from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()) for _ in range(3))
+        self.backbone = nn.Sequential(*blocks)
+        self.head = nn.Linear(8, 4)
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    configure_optimizers = Finetuned.configure_optimizers
+
+
+class UnfreezesBackbone(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=0.02)
+
+
+class UnfreezesByHand(Callback):
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        BaseFinetuning.freeze(pl_module.backbone)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 1 and batch_idx == 0:
+            BaseFinetuning.unfreeze_and_add_param_group(pl_module.backbone, trainer.optimizers[0], lr=0.02)
+
+
+def fit_backbone(make: Any, kind: str, folder: str, max_epochs: int = 2, ckpt_path: str | None = None) -> Any:
+    callbacks = [make(), ModelCheckpoint(folder, filename="last")]
+    args: dict[str, Any] = {"callbacks": callbacks, "enable_checkpointing": True, "ckpt_path": ckpt_path}
+    strategy = None if kind == "plain" else {"num_stages": 2, "virtual": kind == "virtual"}
+    return fit(FinetunedBackbone, models.vectors, strategy, 2 if kind == "processes" else 1, max_epochs, **args)
+
+
+@pytest.mark.parametrize("make", [UnfreezesBackbone, UnfreezesByHand])
+def test_finetuning_what_the_optimizer_has_in_part(pool: WorkerPool, tmp_path: Path, make: Any) -> None:
+    def run(kind: str, *args: Any) -> Any:
+        return pool.run(fit_backbone, 2 if kind == "processes" else 1, make, kind, str(tmp_path / kind), *args)[0]
+
+    assert_equal(run("processes"), run("virtual"), 1e-6)
+    files = {kind: str(tmp_path / kind / "last.ckpt") for kind in ("processes", "virtual")}
+    ours, theirs = (torch.load(path, weights_only=False) for path in files.values())
+    (optimizer,), (expected,) = ours["optimizer_states"], theirs["optimizer_states"]
+    assert [len(group["params"]) for group in optimizer["param_groups"]] == [8, 6]
+    assert optimizer["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(optimizer["state"], expected["state"])
+    if make is UnfreezesBackbone:  # which gives the optimizer of a resumed run its groups
+        assert ours["callbacks"]["UnfreezesBackbone"] == theirs["callbacks"]["UnfreezesBackbone"]
+        for ours_by, theirs_by in (("processes", "virtual"), ("plain", "plain")):
+            expected = run(theirs_by, 3, files["virtual"])
+            assert_equal(run(ours_by, 3, files["processes"]), expected, 1e-6)
 
 
 class ReadsTheLoss(Callback):
