@@ -55,6 +55,8 @@ class GhostMode:
         self.fake_mode = _FAKES
         #: The real tensors, such as running statistics, into which ghosts may be written: nothing happens then.
         self.written_over: Callable[[], Iterable[Tensor]] = tuple
+        #: What a real tensor is after a function has written ghosts into it, if it is theirs then.
+        self.take_over: Callable[[str, list[Ghost], Tensor], Ghost | None] = lambda *_: None
         #: Whether `torch.randn_like(ghost)` is real, as noise that all stages draw alike.
         self.draws_noise = True
         #: Real tensors into which ghosts would have been written, and what has been made of them since.
@@ -135,8 +137,10 @@ class GhostMode:
         out = kwargs.get("out")
         for target in ([subject] if in_place else []) + ([out] if isinstance(out, Tensor) else []):
             if isinstance(target, Tensor) and not isinstance(target, Ghost):
-                self._write(name, inputs, target, args)
-                return None if name in ("__set__", "__setitem__") else target
+                taken = None if name == "__set__" else self.take_over(name, inputs, target)
+                if taken is None:
+                    self._write(name, inputs, target, args)
+                return None if name in ("__set__", "__setitem__") else target if taken is None else taken
 
         fakes: dict[int, Ghost] = {}
         key = None if in_place else _key(func, args, kwargs)

@@ -21,7 +21,7 @@ from lightning_dgmp.mesh import MeshStrategy
 from lightning_dgmp.nests import leaves
 from lightning_dgmp.pipeline import Pipeline
 from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place, save_sharded
-from lightning_dgmp.stage.shadow import holds_shadows
+from lightning_dgmp.stage.shadow import holds_parameters
 
 __all__ = ["SavingStrategy"]
 
@@ -111,8 +111,8 @@ class SavingStrategy(MeshStrategy):
             key = type(datamodule).__qualname__
             state = self.share_of_first_stage(checkpoint.pop(key, None), "the state of the data module")
             checkpoint.update({} if state is None else {key: state})
-        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        has_modules = self._pipeline is not None and self.broadcast(holds_shadows(rest))
+        arguments = checkpoint.get(self.lightning_module.CHECKPOINT_HYPER_PARAMS_KEY)  # the same in all processes
+        has_modules = self._pipeline is not None and holds_parameters(arguments)
         if has_modules and self._is_sharded:
             raise MisconfigurationException(_NO_MODULES)
         with self.whole_model() if has_modules else nullcontext():

@@ -8,12 +8,12 @@ instead; at runtime nothing needs to be done for that, because an operation on v
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from lightning_dgmp.plan.record import Appearance, Trace
 
-__all__ = ["Crossing", "values_to_send"]
+__all__ = ["Crossing", "changed_by", "overwritten_on", "values_to_send"]
 
 
 class Crossing(NamedTuple):
@@ -78,6 +78,35 @@ def values_to_send(
     if obstacle is None:
         obstacle = _alias_that_changes(trace, appearances)
     return Crossing(appearances, obstacle)
+
+
+def changed_by(trace: Trace, stages: Sequence[int]) -> Callable[[int, float], int]:
+    """What tells the latest stage that changes a value in place, perhaps through a view of it, before a time.
+
+    Args:
+        trace: What the step runs.
+        stages: Of each operation; heights do as well.
+    """
+    stage_at = {op.time: stage for op, stage in zip(trace.ops, stages)}
+
+    def latest(v: int, before: float) -> int:
+        value = trace.values[v]
+        times = trace.changes.get(value.storage, ())
+        return max((stage_at[time] for time in times if trace.ops[value.op].time < time < before), default=-1)
+
+    return latest
+
+
+def overwritten_on(trace: Trace, op_stages: Sequence[int]) -> set[int]:
+    """The stages that see how a later one writes in place into what is theirs, or has arrived there."""
+    stages: set[int] = set()
+    first: dict[int, int] = {}  # by storage
+    for op, stage in zip(trace.ops, op_stages):
+        for v in op.outputs:
+            earliest = first.setdefault(trace.values[v].storage, stage)
+            if op.in_place:
+                stages.update(range(earliest, stage))
+    return stages
 
 
 def _alias_that_changes(trace: Trace, appearances: Mapping[int, Appearance]) -> int | None:

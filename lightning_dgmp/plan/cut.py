@@ -18,7 +18,7 @@ from itertools import accumulate
 
 from torch import nn
 
-from lightning_dgmp.plan.crossing import values_to_send
+from lightning_dgmp.plan.crossing import changed_by, values_to_send
 from lightning_dgmp.plan.record import Trace
 
 __all__ = ["Cuts", "PlanError", "Unit", "choose_cuts", "cuts_before", "stage_cost"]
@@ -146,18 +146,25 @@ class Cuts:
     def _measure_crossings(self) -> None:
         trace, heights = self.trace, self.value_heights
         spans = [self.call_span(call) for call in range(len(trace.calls))]
+        changed = changed_by(trace, self.op_heights)
         first_use: list[dict[int, float]] = [{} for _ in range(len(self.units))]  # at each cut: value -> time
         for op, op_height in zip(trace.ops, self.op_heights):
             for v in op.inputs:
                 for cut in range(heights[v] + 1, op_height + 1):
                     first_use[cut].setdefault(v, op.time)
+                for cut in range(heights[v] + 1, changed(v, op.time) + 1):
+                    made_by = trace.ops[trace.values[v].op].name
+                    self.obstacles.setdefault(
+                        cut,
+                        f"a result of `{made_by}` before it, which `{op.name}` takes, is changed in place behind it",
+                    )
         for cut in range(1, len(self.units)):
             crossing = values_to_send(
                 trace,
                 first_use[cut],
                 lambda v, cut=cut: heights[v] < cut,  # type: ignore[misc]
                 lambda call, cut=cut: _straddles(spans, call, cut),  # type: ignore[misc]
-                {v: time for v, time in trace.wanted.items() if heights[v] < cut},
+                {v: time for v, time in trace.wanted.items() if heights[v] < cut and changed(v, time) < cut},
             )
             self.nbytes[cut] = sum(trace.values[v].nbytes for v in crossing.appearances)
             if crossing.obstacle is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_dgmp.plan.crossing import values_to_send
+from lightning_dgmp.plan.crossing import changed_by, overwritten_on, values_to_send
 from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts, cuts_before
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.table import StageSummary, table_of
@@ -53,6 +53,7 @@ class Plan:
         runs_on: The stages that run a step to its end, without computing, because it keeps something after their
             last event. A stage's own affair, which others need not agree on: code for rank 0 keeps things on rank 0.
         toggled: Attributes of modules, by path and name, that the step changes and changes back.
+        overwritten: The stages that see how a later one writes in place into a value of theirs.
         calls: The same for single calls, by path and occurrence, of modules with shared parameters whose calls differ;
             their first call stands in ``modules``.
         stages: One summary a stage.
@@ -73,6 +74,7 @@ class Plan:
         calls: Mapping[tuple[str, int], int | None] = {},
         slack: int = 0,
         bounds: Sequence[int] = (),
+        overwritten: Set[int] = frozenset(),
     ) -> None:
         self.num_stages = len(stages)
         self.delays, self.bounds = delays_of(self.num_stages, slack), list(bounds)
@@ -83,6 +85,7 @@ class Plan:
         self.last_events = last_events
         self.toggled = list(toggled)
         self.runs_on = runs_on
+        self.overwritten = overwritten
         self.stages = stages
         self._parameters = parameters
 
@@ -275,9 +278,8 @@ def _lay_out(
         for index, occurrence in visible.items()
         if owners[index] != modules[path := trace.calls[index].path]
     }
-    return Plan(
-        parameters, modules, paths, transfers, last_events, summaries, trace.toggled, runs_on, calls, slack, bounds
-    )
+    more = trace.toggled, runs_on, calls, slack, bounds, overwritten_on(trace, op_stages)
+    return Plan(parameters, modules, paths, transfers, last_events, summaries, *more)
 
 
 def _owners(
@@ -330,9 +332,16 @@ def _transfers(
     owners: list[int | None],
     last: int,
 ) -> tuple[list[Transfer], list[int]]:
+    changed = changed_by(trace, op_stages)
     first_use: dict[int, dict[int, float]] = {}  # stage -> value -> time
     for op, op_stage in zip(trace.ops, op_stages):
         for v in op.inputs:
+            if (writer := changed(v, op.time)) > value_stages[v]:  # only in evaluation, since no cut allows it
+                maker = trace.ops[trace.values[v].op].name
+                raise PlanError(
+                    f"A result of `{maker}` on stage {value_stages[v]}, which `{op.name}` takes, is changed in place on"
+                    f" stage {writer}: build a new tensor, as by `x = x + y` instead of `x += y`."
+                )
             if op_stage > value_stages[v]:
                 first_use.setdefault(op_stage, {}).setdefault(v, op.time)
     first_use.setdefault(last, {})
@@ -343,7 +352,9 @@ def _transfers(
             uses,
             lambda v, target=target: value_stages[v] != target,  # type: ignore[misc]
             lambda call: call < 0 or (call in visible and owners[call] is None),
-            {v: time for v, time in trace.wanted.items() if value_stages[v] < last} if target == last else {},
+            {v: time for v, time in trace.wanted.items() if changed(v, time) <= value_stages[v] < last}
+            if target == last
+            else {},
         )
         if obstacle is not None:
             value = trace.values[obstacle]

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dgmp.ghost import Ghost, GhostError, realised
 from lightning_dgmp.nests import leaves, tensors_in
 from lightning_dgmp.plan.plan import Event, Plan, Transfer
+from lightning_dgmp.stage.overwritten import Overwritten
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
 from lightning_dgmp.stage.skip import Skips
 from lightning_dgmp.stage.wiring import Wiring
@@ -77,6 +78,13 @@ class Forward:
         self.occurrences: Counter[str] = Counter()
         self.timing = timing
         self.inside = self.done = False
+        self.overwritten = Overwritten(skips.root, skips.mode, stage, stage in plan.overwritten)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the step."""
+        with self.randomness.step(), self.overwritten.step():
+            yield
 
     def on_call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inside:  # of a module that is run, or skipped, as a whole
@@ -89,6 +97,7 @@ class Forward:
     def _call(self, call: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         occurrence = self.occurrences[path]
         self.occurrences[path] += 1
+        args, kwargs = self.overwritten.current(args), self.overwritten.current(kwargs)
         self.at(Event(path, occurrence, "arg"), (args, kwargs))
         if self.done and self.stage not in self.plan.runs_on:
             raise StepDone
@@ -105,6 +114,7 @@ class Forward:
         else:
             with self.as_a_whole():
                 out = self.skips.outputs(call, path, owner, args, kwargs)
+        out = self.overwritten.current(out)
         if owner is not None and path in self.plan.visible:
             shapes = [leaf.fake.shape if isinstance(leaf, Ghost) else leaf.shape for leaf in tensors_in(out)]
             self.record.shapes.append(hash((self.record.shapes[-1], *shapes)))

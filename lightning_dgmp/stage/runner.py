@@ -353,7 +353,7 @@ class StageRunner:
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.slots.holding(self._others | record.parameters))
-                stack.enter_context(forward.randomness.step())
+                stack.enter_context(forward.step())
                 result = record.step()
         except StepDone:
             result = None

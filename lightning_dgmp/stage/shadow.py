@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.nests import tensors_in
 
-__all__ = ["Shadow", "cast_shadow", "holds_shadows", "restore"]
+__all__ = ["Shadow", "cast_shadow", "holds_parameters", "restore"]
 
 
 class Shadow(nn.Parameter):
@@ -69,8 +69,8 @@ def restore(parameter: nn.Parameter) -> None:
     parameter.data = torch.empty(shape, dtype=dtype, device=device)
 
 
-def holds_shadows(nest: Any) -> bool:
-    """Whether a pickle of ``nest`` would have the values of a shadow, as hyperparameters with modules have."""
+def holds_parameters(nest: Any) -> bool:
+    """Whether a pickle of ``nest`` would have the values of parameters, as that of modules has."""
     finder = _Finder(io.BytesIO())
     with contextlib.suppress(Exception):  # whoever writes it will see
         finder.dump(nest)
@@ -81,7 +81,7 @@ class _Finder(pickle.Pickler):
     has_found = False
 
     def persistent_id(self, obj: Any) -> Any:
-        self.has_found |= isinstance(obj, Shadow)
+        self.has_found |= isinstance(obj, nn.Parameter)
         return "tensor" if isinstance(obj, Tensor) else None
 
 

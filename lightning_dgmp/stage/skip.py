@@ -44,7 +44,7 @@ class Skips:
     def __init__(
         self, root: nn.Module, mode: GhostMode, hiding: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
-        self._root, self._mode, self._hiding = root, mode, hiding
+        self.root, self.mode, self._hiding = root, mode, hiding
         self._templates: dict[Any, _Template] = {}
         self._settings: dict[str, list[tuple[dict[str, Any], int, list[str]]]] = {}
 
@@ -57,11 +57,11 @@ class Skips:
         inputs = leaves((args, kwargs))
         template = self._templates.get(key)
         if template is not None:
-            return template.fill(inputs, self._mode, origin, stage)
+            return template.fill(inputs, self.mode, origin, stage)
 
-        module = self._root.get_submodule(path)
+        module = self.root.get_submodule(path)
         # What has arrived here for other ends must neither be waited for nor be changed.
-        isolation = Isolation(self._mode)
+        isolation = Isolation(self.mode)
         try:
             args, kwargs = isolation.copy(args), isolation.copy(kwargs)
             stand_ins, before_call = leaves((args, kwargs)), marks(isolation.real)
@@ -71,27 +71,27 @@ class Skips:
         has_hooks = any(child._forward_hooks for child in module.modules())  # which may keep what they see
         is_changed = isolation.write_back() or not is_same(before_call, isolation.real)
         passes_on = isolation.is_in(out, {id(leaf) for leaf in stand_ins})
-        if has_hooks or is_changed or kept or self._mode.has_read_values or passes_on:
+        if has_hooks or is_changed or kept or self.mode.has_read_values or passes_on:
             return isolation.original(out)
         template = _Template(out, stand_ins)
         if template.reusable:
             if len(self._templates) >= _MAX_TEMPLATES:  # as when every batch has another length
                 self._templates.clear()
             self._templates[key] = template
-        return template.fill(inputs, self._mode, origin, stage)
+        return template.fill(inputs, self.mode, origin, stage)
 
     def _run(
         self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, bool]:
         """What ``call`` returns for ghosts, and whether it leaves anything behind in attributes that has values."""
         restore, before = attributes_saved(module), _real_attributes(module)
-        self._mode.written_over = self._root.buffers
-        self._mode.stale = []
-        self._mode.draws_noise = self._mode.has_read_values = False  # what happens inside of the module is its owner's
+        self.mode.written_over = self.root.buffers
+        self.mode.stale = []
+        self.mode.draws_noise = self.mode.has_read_values = False  # what happens inside of the module is its owner's
         try:
-            with alone(), no_backward_hooks(module), noting_reads(self._mode), self._hiding():
+            with alone(), no_backward_hooks(module), noting_reads(self.mode), self._hiding():
                 out = call(*args, **kwargs)
-            if self._mode.stale:
+            if self.mode.stale:
                 out = replace_leaves(self._ghost_of_stale, out)
             kept = {
                 key: _copied(value)
@@ -101,21 +101,21 @@ class Skips:
             ghosts = _ghosts_without_a_predecessor(module, before)
         finally:
             restore()  # ghosts, and the statistics that the owner counts
-            self._mode.written_over, self._mode.draws_noise = tuple, True
+            self.mode.written_over, self.mode.draws_noise = tuple, True
         _keep(module, kept | ghosts)
         return out, bool(kept)
 
     def _ghost_of_stale(self, leaf: Any) -> Any:
         """``leaf``, or a ghost if its values are known to the owner alone."""
-        if not self._mode.is_stale(leaf):
+        if not self.mode.is_stale(leaf):
             return leaf
-        return self._mode.like(leaf, "a buffer that takes activations", leaf.requires_grad, leaf.device)
+        return self.mode.like(leaf, "a buffer that takes activations", leaf.requires_grad, leaf.device)
 
     def _settings_of(self, path: str) -> tuple[Any, ...]:
         """The attributes of a module and those inside of it that may decide shapes, as ``training`` and sizes."""
         known = self._settings.get(path, [])
         if not known or any(len(attributes) != count for attributes, count, _ in known):
-            of_modules = [vars(child) for child in self._root.get_submodule(path).modules()]
+            of_modules = [vars(child) for child in self.root.get_submodule(path).modules()]
             self._settings[path] = known = [
                 (attributes, len(attributes), [name for name, value in attributes.items() if _may_decide(name, value)])
                 for attributes in of_modules
@@ -124,7 +124,7 @@ class Skips:
 
     def realised(self, nest: Any) -> Any:
         """``nest`` with the values of those ghosts that stand for work of other stages."""
-        mine = lambda t: isinstance(t, Ghost) and t.bound and t.family is self._mode  # noqa: E731
+        mine = lambda t: isinstance(t, Ghost) and t.bound and t.family is self.mode  # noqa: E731
         return replace_leaves(lambda t: t.received() if mine(t) else t, nest)
 
 
