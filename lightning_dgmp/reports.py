@@ -181,7 +181,10 @@ def _read(message: Message) -> Report:
 def _norm(tensors: Sequence[Tensor], runner: StageRunner) -> Tensor:
     if not tensors:
         return torch.zeros((), device=runner.device)
-    return norm_of(tensors).double()
+    try:
+        return norm_of([t.coalesce().values() if t.is_sparse else t for t in tensors]).double()
+    except (RuntimeError, TypeError):  # torch cannot add them up; a report never stops a training
+        return torch.zeros((), dtype=torch.float64, device=runner.device)
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:
