@@ -24,6 +24,7 @@ __all__ = ["DelayedMPMonitor"]
 _MAX_TRACED = 10_000  # steps, all spans of which wait in memory
 _SPANS_SHOWN = 60  # of a stage: about ten iterations
 _DRAWING = 0.005  # of the time may pass with it
+_UNTIL_FIRST_PICTURE = 30  # seconds, for the same reason; a shorter training has one at its end
 _LAST_WAIT = 2.0  # seconds at most for the last reports, which are under way when training ends
 TRACE_FILE = "pipeline_trace.json"
 
@@ -77,6 +78,7 @@ class DelayedMPMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_first, self._trace_ends_with, self._ended = True, None, None
+        self._next_picture = time.monotonic() + _UNTIL_FIRST_PICTURE
         self._is_tracing, self._has_traced, self._plan_drawn = False, False, None
         self._of_epoch, self._of_filling = [], []
 
