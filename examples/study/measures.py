@@ -18,7 +18,7 @@ __all__ = ["SPEED", "Measured", "crossing", "measure", "reference_of"]
 _SHARE_OF_BUDGET = 0.8
 
 #: How many times as many batches a second as one process: the README's table "Measured", by layers and stages.
-SPEED = {(8, 2): 1.89, (8, 4): 3.85, (8, 8): 7.30, (12, 11): 5.76, (64, 4): 3.83}
+SPEED = {(8, 2): 1.89, (8, 4): 3.84, (8, 8): 7.09, (12, 11): 5.66, (64, 4): 3.87}
 
 
 @dataclass(frozen=True)
