@@ -67,8 +67,14 @@ class EvaluatingStrategy(SavingStrategy):
         if self._transport is not None:
             together = None if self._vote is None else self._together(lambda: trainer.training)
             share = self.share_of_first_stage
-            how = self._loading, share, together, delays_of(self.num_stages, self.slack)[0]
+            how = self._loading_for_replicas, share, together, delays_of(self.num_stages, self.slack)[0]
             self._feed = Feed(self._transport, self.stage, self.num_stages, *how)
+
+    @contextmanager
+    def _loading_for_replicas(self) -> Iterator[None]:
+        """A stream that divides itself by ``torch.distributed`` divides itself among replicas."""
+        with self._loading(), self.step_among_replicas():
+            yield
 
     def align_randomness(self, epoch: int) -> None:
         """Begin an epoch in the same random state on all stages, without asking them."""

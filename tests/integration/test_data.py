@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
@@ -325,3 +326,20 @@ def test_a_combined_loader_can_be_used_again(pool: WorkerPool) -> None:
     expected = pool.run(use_twice, 1, {"num_stages": 2, "virtual": True}, 1)[0]
     for ours, theirs in zip(pool.run(use_twice, 2, {"num_stages": 2}, 2)[0], expected):
         assert_equal(ours, theirs, 1e-6)
+
+
+class DividesItself(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        vectors = list(models.vectors())[:24]
+        yield from vectors[dist.get_rank() :: dist.get_world_size()]
+
+
+def divided() -> DataLoader[Any]:
+    return DataLoader(DividesItself(), batch_size=None)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_streams_divide_themselves_among_replicas(pool: WorkerPool, num_replicas: int) -> None:
+    devices = 2 * num_replicas
+    outcome = pool.run(fit, devices, models.MLP, divided, {"num_stages": 2}, devices)[0]
+    assert outcome.global_step == 24 // num_replicas
