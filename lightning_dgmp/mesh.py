@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,6 +39,9 @@ from lightning_dgmp.wire import Wish
 from lightning_dgmp.world import PeerError, World
 
 __all__ = ["MeshStrategy"]
+
+_DDP_ADVICE = re.compile(r"either by .*`strategy=DDPStrategy\(find_unused_parameters=True\)`")  # for unused parameters
+_OUR_ADVICE = "with `strategy=DelayedMPStrategy(find_unused_parameters=True)`"
 
 
 class MeshStrategy(DDPStrategy):
@@ -163,28 +167,27 @@ class MeshStrategy(DDPStrategy):
             assert self.cluster_environment is not None
             timeout = self._timeout or default_pg_timeout
             over_nccl = self._get_process_group_backend() == "nccl"
-            if self._world is None:
-                self._world = World(self.cluster_environment.main_address, timeout)
+            self._world = self._world or World(self.cluster_environment.main_address, timeout)
             if self.data_parallel_size > 1:
                 if self._group_of_firsts is None:
                     firsts = range(self.num_stages - 1, self.world_size, self.num_stages)
                     self._group_of_firsts = dist.new_group(firsts, backend="gloo", timeout=timeout)
                 self._vote = Vote(self._group_of_firsts, self._world.wait)
             replicas = [self._ranks_of(replica) for replica in range(self.data_parallel_size)]
-            if self._channels is None:
-                self._channels = group_of_channels(replicas)
+            self._channels = self._channels or group_of_channels(replicas)
             where = replicas, self.replica, self._channels, self.root_device
             self._transport = Transport(
                 self.stage, *where, timeout, over_nccl, delays_of(self.num_stages, self.slack)[0]
             )
         if self._replicas is None and self.num_stages > 1 and self.world_size > 1:
-            if self._single is None:
-                self._single = dist.new_group([self.global_rank], backend="gloo", use_local_synchronization=True)
+            alone = [self.global_rank]
+            self._single = self._single or dist.new_group(alone, backend="gloo", use_local_synchronization=True)
             self._replicas = Replicas(self.device_mesh.get_group("replica"), self._single)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        exception.args = tuple(_DDP_ADVICE.sub(_OUR_ADVICE, a) if isinstance(a, str) else a for a in exception.args)
         if self._world is None:
             return
         if isinstance(exception, PeerError):
@@ -327,10 +330,10 @@ class MeshStrategy(DDPStrategy):
         if self._in_step:
             votes = [decision] * self.data_parallel_size
             dist.all_gather_object(votes, decision, group=self._replica_group(None))
-            return min(votes) if all else max(votes)
-        if self._world is None:
+        elif self._world is None:
             return super().reduce_boolean_decision(decision, all)
-        votes = self._world.all_gather(bool(decision), "a decision")
+        else:
+            votes = self._world.all_gather(bool(decision), "a decision")
         return min(votes) if all else max(votes)
 
     def _replica_group(self, group: Any) -> Any:
@@ -378,8 +381,7 @@ class MeshStrategy(DDPStrategy):
 
     def share_of_first_stage(self, item: Any, what: str) -> Any:
         """Give all stages of the replica the small ``item`` of the first one."""
-        assert self._world is not None
-        return self._world.all_gather(item, what, self._stage_ranks)[0]
+        return self.gather_from_stages(item, what)[0]
 
 
 def _guarded_hook(world: World, hook: Any) -> Any:

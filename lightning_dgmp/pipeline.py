@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_dgmp.calls import ParameterSlots, custom_functions, data_assignments, intercepted_calls
 from lightning_dgmp.checkpoint import OptimizerShards, WeightShards
 from lightning_dgmp.plan.plan import Plan
-from lightning_dgmp.stage.averaging import Averaging
+from lightning_dgmp.stage.averaging import Averaging, BufferSlot
 from lightning_dgmp.stage.runner import BackwardMode, StageRunner
 from lightning_dgmp.stage.shared import SharedParameters
 from lightning_dgmp.stage.skip import remove_ghosts
@@ -108,7 +108,7 @@ class Pipeline:
         group: dist.ProcessGroup,
         wrap: Callable[..., DistributedDataParallel],
         wait: Callable[[Any, str], None],
-        broadcast_buffers: bool,
+        buffers: Sequence[BufferSlot],
         agree: Callable[[Wish], Wish],
     ) -> None:
         """Average with other replicas from now on; see :class:`~lightning_dgmp.stage.averaging.Averaging`.
@@ -117,19 +117,15 @@ class Pipeline:
             group: The process group of this stage in all replicas.
             wrap: Makes DDP of a module.
             wait: Waits for a collective in the group.
-            broadcast_buffers: As DDP's option.
+            buffers: Those, on all stages, of which all replicas use the values of the first one.
             agree: What wishes of this first stage become together with those of the others.
         """
         runner = self.runner
         owners = runner.plan.modules
-        buffers = [
-            module._buffers
-            for path, module in runner.root.named_modules()
-            if module._buffers and broadcast_buffers and owners.get(path) in (None, runner.stage)
-        ]
+        modules = {path: m for path, m in runner.root.named_modules() if owners.get(path) in (None, runner.stage)}
         copies = {} if runner.messages.shared is None else runner.messages.shared.copies  # the home averages for all
         own = [parameter for name, parameter in runner.own.items() if name not in copies]
-        runner.averaging = Averaging(own, buffers, group, wrap, wait, runner.device)
+        runner.averaging = Averaging(own, buffers, modules, group, wrap, wait, runner.device)
         runner.agree = agree
 
     @contextmanager

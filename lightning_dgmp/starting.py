@@ -37,6 +37,7 @@ from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
 from lightning_dgmp.rebalancing import KeptState, Measurement, better_plan, busy_in, move_parameters, wait_for_device
 from lightning_dgmp.remedies import Moment, Updates
 from lightning_dgmp.reports import Reporter
+from lightning_dgmp.stage.averaging import BufferSlot
 from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.stage.sides import Sides
@@ -61,6 +62,7 @@ class StartingStrategy(EvaluatingStrategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._options = Options()
+        self._buffers: list[BufferSlot] = []  # that replicas share
         self._undo_scaler: Callable[[], None] = _nothing
         self._undo_clipping: Callable[[], None] = _nothing
         self._reset_pipeline()
@@ -201,10 +203,9 @@ class StartingStrategy(EvaluatingStrategy):
         if clips_by_norm(module) or scaler is not None:
             runner.messages.notes = StageNotes(self.stage, squares, clips_by_norm(module), scaler)
         if self.data_parallel_size > 1:
-            broadcasts_buffers = self._ddp_kwargs.get("broadcast_buffers", True)
             group = self.device_mesh.get_group("replica")
             wait = self.wait_among_replicas
-            self._pipeline.average(group, self.wrap_in_ddp, wait, broadcasts_buffers, self.agree_on_wishes)
+            self._pipeline.average(group, self.wrap_in_ddp, wait, self._buffers, self.agree_on_wishes)
         self._interception.use(runner)
         self._evaluation = None  # what was planned with the whole model
 

@@ -35,6 +35,7 @@ from lightning_dgmp.pipeline import Interception
 from lightning_dgmp.precision import StageGradScaler
 from lightning_dgmp.remedies import Remedies
 from lightning_dgmp.signals import Signals
+from lightning_dgmp.stage.averaging import buffer_slots
 from lightning_dgmp.stage.runner import BackwardMode
 from lightning_dgmp.starting import StartingStrategy
 from lightning_dgmp.support import check_arguments, check_optimizers, check_supported
@@ -160,6 +161,8 @@ class DelayedMPStrategy(StartingStrategy):
             assert self.lightning_module is not None
             assert self._world is not None
             agree_on_model(self.lightning_module, self._world)
+            shares = self.data_parallel_size > 1 and self._ddp_kwargs.get("broadcast_buffers", True)
+            self._buffers = buffer_slots(self.lightning_module) if shares else []
             if self.data_parallel_size > 1 and self._ddp_comm_hook is not None:
                 self.wrap_in_ddp(nn.Linear(1, 1, device=self.root_device))  # to see whether the hook is accepted
         elif self.world_size > 1:

@@ -19,7 +19,10 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-__all__ = ["Failure", "WorkerPool", "free_port"]
+__all__ = ["CONTEXT", "Failure", "WorkerPool", "free_port"]
+
+CONTEXT = multiprocessing.get_context("forkserver")  # processes begin with everything imported
+CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 class Failure:
@@ -105,10 +108,9 @@ class WorkerPool:
 
 class _Worker:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        self.pipe, theirs = CONTEXT.Pipe()
         self.log = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
-        self.process = context.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
+        self.process = CONTEXT.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
         self.process.start()
         theirs.close()
         self.replace_later = self._is_ready = False
@@ -135,12 +137,8 @@ class _Worker:
 def _work(pipe: Any, log: str) -> None:
     stacks = open(log, "w")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
     import torch.distributed as dist
 
-    import lightning_dgmp  # noqa: F401
-
-    torch.set_num_threads(1)
     gc.freeze()
     num_modules = len(sys.modules)
     pipe.send("ready")
@@ -156,8 +154,11 @@ def _work(pipe: Any, log: str) -> None:
             result = function(*args, **kwargs)
         except BaseException as error:
             result = Failure(error)
-        clean = _ends_soon(lambda: any(thread.name.startswith("dgmp-") for thread in threading.enumerate()))
-        if dist.is_initialized() and clean:  # what is at work in a thread cannot be destroyed
+        # What is at work in a thread, or between processes of which one has failed, cannot be destroyed.
+        clean = not isinstance(result, Failure) and _ends_soon(
+            lambda: any(thread.name.startswith("dgmp-") for thread in threading.enumerate())
+        )
+        if dist.is_initialized() and clean:
             dist.destroy_process_group()
         for name in environment:
             os.environ.pop(name, None)

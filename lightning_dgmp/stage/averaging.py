@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,56 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Averaging"]
+__all__ = ["Averaging", "BufferSlot", "buffer_slots"]
+
+
+@dataclass(frozen=True)
+class BufferSlot:
+    """Where modules have the same buffer, and how it looked before the first step; steps put other tensors there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    places: list[tuple[str, str]]  # path of a module, name
+
+
+def buffer_slots(root: nn.Module) -> list[BufferSlot]:
+    """The buffers that the modules of ``root`` have now."""
+    slots: dict[int, BufferSlot] = {}
+    for path, module in root.named_modules():
+        for name, tensor in module._buffers.items():
+            if tensor is not None and tensor.numel() and tensor.layout == torch.strided:
+                slots.setdefault(id(tensor), BufferSlot(tensor.shape, tensor.dtype, [])).places.append((path, name))
+    return list(slots.values())
+
+
+class _Buffer:
+    """What is in a slot, in the modules of one stage."""
+
+    def __init__(self, slot: BufferSlot, places: list[tuple[dict[str, Tensor | None], str]]) -> None:
+        self._shape, self._dtype, self._places = slot.shape, slot.dtype, places
+
+    def fits(self) -> bool:
+        """Whether it is as it was in the beginning, apart from its values."""
+        now = self._now()
+        return now is not None and (now.shape, now.dtype, now.layout) == (self._shape, self._dtype, torch.strided)
+
+    def content(self, device: torch.device) -> Tensor:
+        """Its bytes, or as many zeros if it does not fit."""
+        now = self._now()
+        if now is None or not self.fits():
+            return torch.zeros(self._shape.numel() * self._dtype.itemsize, dtype=torch.uint8, device=device)
+        return now.reshape(-1).view(torch.uint8)
+
+    def put(self, content: Tensor) -> None:
+        """Put a new tensor with these bytes wherever the present one is."""
+        new, old = content.view(self._dtype).view(self._shape), self._now()
+        for entries, name in self._places:
+            if entries.get(name) is old:
+                entries[name] = new
+
+    def _now(self) -> Tensor | None:
+        entries, name = self._places[0]
+        return entries.get(name)
 
 
 class Averaging:
@@ -22,7 +72,8 @@ class Averaging:
 
     Args:
         own: The parameters of the stage.
-        buffers: The buffers of each of its modules, of which all replicas use those of the first one.
+        slots: Those of its modules' buffers of which all replicas use the values of the first one.
+        modules: The modules of the stage by their paths.
         group: The process group of this stage's replicas.
         wrap: ``wrap(module, **kwargs)`` makes DDP of a module with these arguments and those of the user.
         wait: ``wait(work, what)`` waits for a collective in that group, with a limit.
@@ -32,14 +83,20 @@ class Averaging:
     def __init__(
         self,
         own: list[nn.Parameter],
-        buffers: list[dict[str, Tensor | None]],
+        slots: Iterable[BufferSlot],
+        modules: Mapping[str, nn.Module],
         group: dist.ProcessGroup,
         wrap: Callable[..., DistributedDataParallel],
         wait: Callable[[Any, str], None],
         device: torch.device,
     ) -> None:
-        self._own, self._buffers, self._device = own, buffers, device
+        self._own, self._device = own, device
         self._group, self._wrap, self._wait = group, wrap, wait
+        self._buffers = []
+        for slot in slots:
+            places = [(modules[path]._buffers, name) for path, name in slot.places if path in modules]
+            if places:
+                self._buffers.append(_Buffer(slot, places))
         self._trained, self._ddp = self._wrapped()
         self.share_buffers()
 
@@ -93,26 +150,26 @@ class Averaging:
     def share_buffers(self) -> None:
         """Put buffers of the first replica in the place of those of the others.
 
-        Not into them, as DDP does: batches in flight may need the old ones.
+        Not into them, as DDP does: batches in flight may need the old ones. A buffer that has another size than in the
+        beginning, here or there, stays as it is: what modules make as they need it may differ between replicas.
         """
-        buffers = {
-            id(buffer): buffer
-            for entries in self._buffers
-            for buffer in entries.values()
-            if isinstance(buffer, Tensor) and buffer.numel() and buffer.layout == torch.strided
-        }
-        if not buffers:
+        if not self._buffers:
             return
-        contents = [buffer.reshape(-1).view(torch.uint8) for buffer in buffers.values()]
-        together = torch.cat(contents)
+        fits = [buffer.fits() for buffer in self._buffers]
+        is_sent = torch.ones(len(fits), dtype=torch.uint8, device=self._device)
+        for i, does_fit in enumerate(fits):
+            if not does_fit:
+                is_sent[i] = 0
+        contents = [buffer.content(self._device) for buffer in self._buffers]
+        together = torch.cat([is_sent, *contents])
         work = dist.broadcast(together, group=self._group, group_src=0, async_op=True)
         self._wait(work, "the buffers of the first replica")
         if self._group.rank() == 0:
             return
-        parts = together.split([content.numel() for content in contents])
-        new = {key: part.clone().view(old.dtype).view(old.shape) for (key, old), part in zip(buffers.items(), parts)}
-        for entries in self._buffers:
-            entries.update({name: new.get(id(buffer), buffer) for name, buffer in entries.items()})
+        is_sent, *received = together.split([len(fits), *map(len, contents)])
+        for buffer, sent, new, old in zip(self._buffers, is_sent.bool(), received, contents):
+            if buffer.fits():
+                buffer.put(torch.where(sent, new, old))  # to ask whether it was sent would wait for the device
 
 
 class _Beginnings(nn.Module):

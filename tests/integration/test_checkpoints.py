@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dgmp import DelayedMPStrategy
 from tests import models
-from tests.pool import Failure, WorkerPool
+from tests.pool import CONTEXT, Failure, WorkerPool
 from tests.training import assert_equal, fit
 
 
@@ -197,7 +196,7 @@ def save_and_die(folder: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["write", "replace"])
 def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=save_and_die, args=(str(tmp_path), where))
+    process = CONTEXT.Process(target=save_and_die, args=(str(tmp_path), where))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -26,8 +26,10 @@ TOLERANCE = 1e-6
 
 
 def batches_of(replica: int, num_replicas: int) -> list[Any]:
-    """What Lightning gives a replica under DDP."""
+    """What Lightning gives a replica under DDP, and what a single one sees."""
     loader = models.vectors()
+    if num_replicas == 1:
+        return list(loader)
     sampler: DistributedSampler[Any] = DistributedSampler(loader.dataset, num_replicas, replica, shuffle=True, seed=7)
     return list(DataLoader(loader.dataset, loader.batch_size, sampler=sampler))
 
@@ -58,7 +60,9 @@ def assert_agree(outcomes: list[Outcome]) -> None:
     ("optimizer", "accumulate", "max_norm"),
     [("momentum", 1, None), *(("adamw", m, norm) for m in (1, 2, 3, 8) for norm in (None, MAX_NORM))],
 )
-@pytest.mark.parametrize(("num_stages", "num_replicas", "virtual"), [(2, 2, False), (4, 2, False), (4, 2, True)])
+@pytest.mark.parametrize(
+    ("num_stages", "num_replicas", "virtual"), [(2, 1, False), (2, 2, False), (4, 2, False), (4, 2, True)]
+)
 def test_replicas_are_a_fifo_of_averages(
     pool: WorkerPool,
     num_stages: int,
@@ -212,6 +216,58 @@ def test_replicas_equal_virtual_stages(
     for replica in range(2):
         if name != "norms" or replica == 0:  # of the others the statistics are not those of the first one
             assert_equal(ours[replica * num_stages], expected[replica], TOLERANCE)
+
+
+def test_unused_parameters_are_an_error_with_its_cure(pool: WorkerPool) -> None:
+    results = pool.try_run(fit, 4, UsesOneOfTwo, models.vectors, {"num_stages": 2}, 4)
+    assert all(isinstance(result, Failure) for result in results)
+    cure = "enable the detection of unused parameters in DDP, with `strategy=DelayedMPStrategy(find_unused_parameters="
+    assert any(cure in result.message for result in results), results
+    assert not any("`strategy=DDPStrategy" in result.message for result in results)
+
+
+class GrowsMasks(models.LanguageModel):
+    """Every layer keeps a mask as long as the longest text of its replica, and a mean that all replicas share."""
+
+    grows = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gpt.blocks = nn.ModuleList(Masked(block, self.grows) for block in self.gpt.blocks)
+
+
+class HasNoMasks(GrowsMasks):
+    grows = False
+
+
+class Masked(nn.Module):
+    def __init__(self, block: nn.Module, grows: bool) -> None:
+        super().__init__()
+        self.block, self.grows = block, grows
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("scale", torch.zeros(1), persistent=False)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        mask = 1 / (1 + torch.arange(length))
+        scale = 1 + mask
+        if self.grows:
+            if self.mask is None or len(self.mask) < length:
+                self.mask, self.scale = mask, scale
+            mask, scale = self.mask[:length], self.scale[:length]
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return self.block(x) * (mask * scale)[:, None] + self.mean
+
+
+def test_buffers_that_grow_belong_to_their_replica(pool: WorkerPool) -> None:
+    """Between replicas only those travel that are as large as before the first step."""
+    loaders = {"loader": models.ragged_tokens, "make_val_loader": models.ragged_tokens}
+    for accumulate in (1, 2):
+        ours = fit_on(pool, 2, 2, GrowsMasks, **loaders, accumulate_grad_batches=accumulate)
+        expected = fit_on(pool, 2, 2, HasNoMasks, **loaders, accumulate_grad_batches=accumulate, virtual=True)
+        assert_agree(ours)
+        assert_equal(ours[0], expected[0], TOLERANCE)
 
 
 class ThawsTheEnd(models.MLP):

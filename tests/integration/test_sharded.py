@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place
 from lightning_dgmp.world import World
 from tests import models
 from tests.integration.test_checkpoints import fit_and_save
-from tests.pool import Failure, WorkerPool, free_port
+from tests.pool import CONTEXT, Failure, WorkerPool, free_port
 from tests.scripts import run
 from tests.training import assert_equal, fit
 
@@ -133,8 +132,8 @@ def save_and_die(rank: int, port: int, folder: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["write", "rename"])
 def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> None:
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    workers = [context.Process(target=save_and_die, args=(rank, port, str(tmp_path), where)) for rank in range(2)]
+    port = free_port()
+    workers = [CONTEXT.Process(target=save_and_die, args=(rank, port, str(tmp_path), where)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
