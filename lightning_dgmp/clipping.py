@@ -21,6 +21,12 @@ from lightning_dgmp.host import LightningModule, MisconfigurationException, is_o
 __all__ = ["Part", "after_clipping", "clip_by_total_norm", "clips_by_norm", "norm_of", "updated_by"]
 
 
+_ONLY_ALL = (
+    "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other, but it was asked for"
+    " that of some of the parameters. Pass all that have gradients, as `self.parameters()`."
+)
+
+
 class Part(NamedTuple):
     """A stage, as far as clipping is concerned.
 
@@ -56,19 +62,23 @@ def norm_of(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def clip_by_total_norm(
-    parts: Callable[[], Sequence[Part]], gradients: Callable[[], Iterable[Tensor]]
+    parts: Callable[[], Sequence[Part]],
+    gradients: Callable[[], Iterable[Tensor]],
+    parameters: Iterable[nn.Parameter],
 ) -> Callable[[], None]:
     """Let torch's functions for clipping take the norm of all stages, and let them do nothing without gradients.
 
     Args:
         parts: The stages of this process now; none: the norm is not known.
         gradients: Those that it concerns; a function that is called with others does what it always does.
+        parameters: Those of all stages.
 
     Returns:
         What undoes it.
     """
     totals: list[Tensor] = []  # of the gradients as they are now, of each part
     refusals = WeakTensorKeyDictionary()  # norms that are no totals, and why nothing can be clipped by them
+    of_stages = {id(parameter) for parameter in parameters}
 
     def total_norm(
         tensors: Iterable[Tensor], norm_type: float = 2.0, error_if_nonfinite: bool = False, *args: Any, **kwargs: Any
@@ -91,6 +101,10 @@ def clip_by_total_norm(
         if isinstance(total_norm, Tensor) and total_norm in refusals:
             raise MisconfigurationException(refusals[total_norm])
         if not any(total_norm is norm for norm in totals):
+            parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+            is_of_others = not parameters or any(id(p) in of_stages and p.requires_grad for p in parameters)
+            if parts() and is_of_others and next(iter(gradients()), None) is not None:  # as groups that are empty here
+                raise MisconfigurationException(_ONLY_ALL)
             clip(parameters, max_norm, total_norm, *args, **kwargs)
             return
         for part, norm in zip(parts(), totals):
@@ -127,12 +141,7 @@ def _refusal(is_known: bool, norm_type: float, is_whole: bool) -> str | None:
             "`strategy='delayed_mp'` clips by the 2-norm of all gradients, or by value, but `norm_type="
             f"{norm_type}`. Use `norm_type=2`."
         )
-    if not is_whole:
-        return (
-            "`strategy='delayed_mp'` clips by the norm of all gradients, which stages tell each other, but it was asked"
-            " for that of some of the parameters. Pass all that have gradients, as `self.parameters()`."
-        )
-    return None
+    return None if is_whole else _ONLY_ALL
 
 
 def _original(function: Any) -> Any:

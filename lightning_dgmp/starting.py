@@ -157,7 +157,7 @@ class StartingStrategy(EvaluatingStrategy):
             self._measure()
         stages = self._stages
         assert stages is not None
-        self._undo_clipping = clip_by_total_norm(stages.parts, stages.gradients)
+        self._undo_clipping = clip_by_total_norm(stages.parts, stages.gradients, module.parameters())
 
     def _begin_virtual(self, module: LightningModule, plan: Plan, squares: Tensor) -> None:
         copies = self._ddp_kwargs.get("gradient_as_bucket_view", False)
@@ -275,7 +275,7 @@ class StartingStrategy(EvaluatingStrategy):
         assert runner is not None
         runner.ending, runner.messages.granted = old.runner.ending, old.runner.messages.granted
         runner.messages.wishes = old.runner.messages.wishes
-        self._undo_clipping = clip_by_total_norm(runner.parts, runner.gradients)
+        self._undo_clipping = clip_by_total_norm(runner.parts, runner.gradients, module.parameters())
         if self.reporter is not None:
             self.reporter.follow(runner)
 

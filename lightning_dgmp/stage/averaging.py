@@ -50,7 +50,7 @@ class _Buffer:
         now = self._now()
         if now is None or not self.fits():
             return torch.zeros(self._shape.numel() * self._dtype.itemsize, dtype=torch.uint8, device=device)
-        return now.reshape(-1).view(torch.uint8)
+        return now.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
     def put(self, content: Tensor) -> None:
         """Put a new tensor with these bytes wherever the present one is."""

@@ -221,10 +221,38 @@ def test_clipping_a_part_is_refused(pool: WorkerPool) -> None:
     assert all("clips by the norm of all gradients" in result.message for result in results)
 
 
+class ClipsParts(models.MLP):
+    """Each part is what one of two stages has."""
+
+    def __init__(self, how: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.how = how
+
+    def halves(self) -> list[list[nn.Parameter]]:
+        first, second = nn.ModuleList([self.inp, *self.hidden[:2]]), nn.ModuleList([*self.hidden[2:], self.out])
+        return [list(first.parameters()), list(second.parameters())]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([{"params": half} for half in self.halves()], lr=0.05)
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        halves = [group["params"] for group in optimizer.param_groups] if self.how == "groups" else self.halves()
+        for half in halves[:1] if self.how == "first" else halves[1:] if self.how == "second" else halves:
+            clip_grad_norm_(half, MAX_NORM)
+
+
+@pytest.mark.parametrize("how", ["modules", "groups", "first", "second"])
+def test_clipping_what_is_a_stage_by_chance_is_refused(pool: WorkerPool, how: str) -> None:
+    strategy = {"num_stages": 2, "split_at": ["hidden.2"]}
+    results = pool.try_run(fit, 2, ClipsParts, models.vectors, strategy, 2, module_args={"how": how})
+    assert all(isinstance(result, Failure) for result in results)
+    assert all("clips by the norm of all gradients" in result.message for result in results)
+
+
 def test_norms_that_nobody_keeps_are_forgotten() -> None:
     parameter = nn.Parameter(torch.ones(3))
     parameter.grad = torch.ones(3)
-    undo = clip_by_total_norm(list, lambda: [parameter.grad])
+    undo = clip_by_total_norm(list, lambda: [parameter.grad], [parameter])
     try:
         kept = get_total_norm([parameter.grad])
         with pytest.raises(MisconfigurationException, match="clips by the norm of all gradients"):

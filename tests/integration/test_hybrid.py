@@ -247,6 +247,10 @@ class Masked(nn.Module):
         self.register_buffer("mask", None, persistent=False)
         self.register_buffer("scale", torch.zeros(1), persistent=False)
         self.register_buffer("mean", torch.zeros(()))
+        turns = torch.polar(torch.ones(4), torch.arange(4.0))  # views of any kind
+        self.register_buffer("cosines", turns.real, persistent=False)
+        self.register_buffer("backwards", turns.conj(), persistent=False)
+        self.register_buffer("sines", turns.conj().imag, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
