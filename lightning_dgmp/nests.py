@@ -19,6 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
+_MAPPINGS = (dict, MutableMapping)  # abstract classes are slow
 _MAX_COMPARED = 2**12  # elements of a tensor whose values are compared; marks are kept for a while
 
 
@@ -38,7 +39,7 @@ def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
         return {key: map_leaves(fn, value) for key, value in obj.items()}
     if isinstance(obj, slice):
         return slice(*(map_leaves(fn, part) for part in (obj.start, obj.stop, obj.step)))
-    if isinstance(obj, MutableMapping):  # also the outputs of Hugging Face models, which are dataclasses besides
+    if isinstance(obj, _MAPPINGS):  # also the outputs of Hugging Face models, which are dataclasses besides
         if isinstance(obj, (dict, UserDict)):
             mapping: MutableMapping[Any, Any] = copy.copy(obj)
         else:  # a shallow copy may keep its items where the original does
@@ -58,8 +59,8 @@ def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     """``obj`` with ``fn(leaf)`` in the place of each leaf; its lists and mappings stay the same objects."""
     if isinstance(obj, _LEAVES):
         return fn(obj)
-    if isinstance(obj, (list, deque, MutableMapping)):
-        for key, value in obj.items() if isinstance(obj, MutableMapping) else enumerate(obj):
+    if isinstance(obj, (list, deque, *_MAPPINGS)):
+        for key, value in obj.items() if isinstance(obj, _MAPPINGS) else enumerate(obj):
             if (new := replace_leaves(fn, value)) is not value:
                 obj[key] = new
         return obj
@@ -79,20 +80,27 @@ def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
 
 def leaves(obj: Any) -> list[Any]:
     """All leaves of the nest ``obj``, in the order of :func:`map_leaves`."""
+    found: list[Any] = []
+    _collect(obj, found)
+    return found
+
+
+def _collect(obj: Any, found: list[Any]) -> None:
     if isinstance(obj, _LEAVES):
-        return [obj]
-    if isinstance(obj, (list, tuple, deque)):
-        found: list[Any] = []
+        found.append(obj)
+    elif isinstance(obj, (list, tuple, deque)):
         for item in obj:
-            found.append(item) if isinstance(item, _LEAVES) else found.extend(leaves(item))
-        return found
-    if isinstance(obj, MutableMapping):
-        return [leaf for item in obj.values() for leaf in leaves(item)]
-    if isinstance(obj, slice):
-        return leaves((obj.start, obj.stop, obj.step))
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return [leaf for field in dataclasses.fields(obj) for leaf in leaves(getattr(obj, field.name))]
-    return [obj]
+            _collect(item, found)
+    elif isinstance(obj, _MAPPINGS):
+        for item in obj.values():
+            _collect(item, found)
+    elif isinstance(obj, slice):
+        _collect((obj.start, obj.stop, obj.step), found)
+    elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        for field in dataclasses.fields(obj):
+            _collect(getattr(obj, field.name), found)
+    else:
+        found.append(obj)
 
 
 def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:
@@ -128,7 +136,7 @@ def is_same(before: list[Any] | None, value: Any) -> bool:
 
 def _keys(value: Any) -> Any:
     """Those of the mappings in a nest."""
-    if isinstance(value, MutableMapping):
+    if isinstance(value, _MAPPINGS):
         return [(key, _keys(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple, deque)) and not all(isinstance(item, _LEAVES) for item in value):
         return [_keys(item) for item in value]

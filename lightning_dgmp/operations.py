@@ -26,6 +26,7 @@ from lightning_dgmp.reads import READS, is_mask
 __all__ = ["GhostMode", "Result", "is_in_place", "shares_memory"]
 
 _MAX_RESULTS = 10_000
+_KNOWN = (Tensor, *PLAIN)  # what they look like is all that counts
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _FAKES = FakeTensorMode(allow_non_fake_inputs=True)  # one for all, since those of several do not mix
 
@@ -112,7 +113,8 @@ class GhostMode:
         elif name == "__set__" and isinstance(subject, Ghost):
             return _set_attribute(subject, getattr(owner, "__name__", ""), args[1])
 
-        inputs = tensors_in((args, kwargs), Ghost)
+        flat = leaves((args, kwargs))
+        inputs = [item for item in flat if isinstance(item, Ghost)]
         if any(g.bound for g in inputs):
             args, kwargs = realised(args), realised(dict(kwargs))
             inputs = [g for g in inputs if not g.bound]
@@ -120,11 +122,12 @@ class GhostMode:
                 return func(*args, **kwargs)
             if inputs[0].family is not self:
                 return inputs[0].family.call(func, args, kwargs)
-            subject = args[0] if args else None
+            flat, subject = leaves((args, kwargs)), args[0] if args else None
         if name in READS:
             raise GhostRead(inputs[0], name)
         if name == "__getitem__":
             args = (subject, _numbered(args[1]), *args[2:])
+            flat = leaves(args)
         if func is torch.autograd.grad:
             raise GhostError(
                 f"`torch.autograd.grad` was called on {inputs[0].describe()}. A step may not differentiate by itself,"
@@ -143,7 +146,7 @@ class GhostMode:
                 return None if name in ("__set__", "__setitem__") else target if taken is None else taken
 
         fakes: dict[int, Ghost] = {}
-        key = None if in_place else _key(func, args, kwargs)
+        key = None if in_place else _key(func, args, kwargs, flat)
         result = None if key is None else _RESULTS.get(key)
         if result is None:  # what was kept may be what an input shows, and yet it is a new tensor
             for ghost in inputs:
@@ -158,9 +161,7 @@ class GhostMode:
         needs_grad = (
             torch.is_grad_enabled()
             and name not in _CUTS_GRAPH
-            and any(
-                t.needs_grad if isinstance(t, Ghost) else t.requires_grad for t in tensors_in((args, kwargs), Tensor)
-            )
+            and any(t.needs_grad if isinstance(t, Ghost) else t.requires_grad for t in flat if isinstance(t, Tensor))
         )
         outputs: list[Ghost] = []
         latest = max(inputs, key=lambda ghost: ghost.stage)
@@ -241,9 +242,9 @@ def _runs_on_values(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     return True
 
 
-def _key(func: Any, args: Any, kwargs: Any) -> Any:
+def _key(func: Any, args: Any, kwargs: Any, flat: list[Any]) -> Any:
     """What decides the looks of the result of ``func``, or ``None`` if something else may."""
-    if not all(isinstance(item, (Tensor, *PLAIN)) for item in leaves((args, kwargs))):
+    if not all(isinstance(item, _KNOWN) for item in flat):
         return None
     device = args[0].fake.device.type if args and isinstance(args[0], Ghost) else "cpu"
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
