@@ -38,9 +38,14 @@ class Failure:
 
 
 class WorkerPool:
-    """Processes that run functions as the ranks of a world of any size up to theirs."""
+    """Processes that run functions as the ranks of a world of any size up to theirs.
 
-    def __init__(self) -> None:
+    Args:
+        context: How they are started.
+    """
+
+    def __init__(self, context: Any = CONTEXT) -> None:
+        self._context = context
         self._workers: list[_Worker] = []
 
     def run(
@@ -61,7 +66,7 @@ class WorkerPool:
     ) -> list[Any]:
         """As :meth:`run`, with a :class:`Failure` in the place of each result that is missing because of an error."""
         while len(self._workers) < world_size:
-            self._workers.append(_Worker())
+            self._workers.append(_Worker(self._context))
         workers = self._workers[:world_size]
         for worker in workers:
             worker.wait_until_ready()
@@ -107,10 +112,10 @@ class WorkerPool:
 
 
 class _Worker:
-    def __init__(self) -> None:
-        self.pipe, theirs = CONTEXT.Pipe()
+    def __init__(self, context: Any) -> None:
+        self.pipe, theirs = context.Pipe()
         self.log = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
-        self.process = CONTEXT.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
+        self.process = context.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
         self.process.start()
         theirs.close()
         self.replace_later = self._is_ready = False
@@ -138,6 +143,8 @@ def _work(pipe: Any, log: str) -> None:
     stacks = open(log, "w")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch.distributed as dist
+
+    import lightning_dgmp  # noqa: F401
 
     gc.freeze()
     num_modules = len(sys.modules)
