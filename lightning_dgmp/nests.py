@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "Form", "copied_tensors", "has_same_bytes", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks",
-    "replace_leaves", "split", "tensors_in",
+    "replace_leaves", "split", "tensors_in", "with_items",
 ]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
@@ -32,8 +32,7 @@ def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     if isinstance(obj, deque):
         return deque((map_leaves(fn, item) for item in obj), obj.maxlen)
     if isinstance(obj, (list, tuple)):
-        items = [map_leaves(fn, item) for item in obj]
-        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+        return with_items(obj, [map_leaves(fn, item) for item in obj])
     if type(obj) is dict:
         return {key: map_leaves(fn, value) for key, value in obj.items()}
     if isinstance(obj, slice):
@@ -54,6 +53,11 @@ def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     return fn(obj)
 
 
+def with_items(obj: Any, items: list[Any]) -> Any:
+    """A list or tuple like ``obj`` of other ``items``; named tuples that check theirs cannot know what these are."""
+    return tuple.__new__(type(obj), items) if hasattr(obj, "_fields") else type(obj)(items)
+
+
 def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     """``obj`` with ``fn(leaf)`` in the place of each leaf; its lists and mappings stay the same objects."""
     if isinstance(obj, _LEAVES):
@@ -67,7 +71,7 @@ def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
         items = [replace_leaves(fn, item) for item in obj]
         if all(a is b for a, b in zip(items, obj)):
             return obj
-        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+        return with_items(obj, items)
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         for field in dataclasses.fields(obj):
             value = getattr(obj, field.name)
@@ -180,7 +184,8 @@ class Form:
     """What stands for a tensor where the tensor itself travels beside the rest of its nest."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.on_host = tensor.shape, tensor.dtype, tensor.device.type == "cpu"
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.device = tensor.device  # a `PackedSequence` looks at that of its items when it is unpickled
         is_dense = tensor.layout == torch.strided and torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
         self.stride = tensor.stride() if is_dense and not tensor.is_contiguous() else None
 

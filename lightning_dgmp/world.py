@@ -110,7 +110,7 @@ class World:
             received = self._receive(form, source, what)
             dense = lambda leaf: isinstance(leaf, Tensor) and leaf.layout == torch.strided  # noqa: E731
             return map_leaves(
-                lambda leaf: leaf.to(device) if dense(leaf) and not next(forms).on_host else leaf, received
+                lambda leaf: leaf.to(device) if dense(leaf) and next(forms).device.type != "cpu" else leaf, received
             )
         for rank in ranks:
             if rank != source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, deque
+from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -34,6 +34,14 @@ class Batch(MutableMapping[str, Any]):
         return len(self._items)
 
 
+class Checked(namedtuple("_Checked", "content")):
+    """A user's own named tuple, which cannot be made of anything but tensors, as a `PackedSequence`."""
+
+    def __new__(cls, content: dict[str, Any]) -> Checked:
+        assert content["x"].sum() is not None
+        return super().__new__(cls, content)
+
+
 KINDS = [
     dict,
     OrderedDict,
@@ -41,6 +49,7 @@ KINDS = [
     lambda **items: Batch(items),
     lambda **items: [items],
     lambda **items: deque([items], 3),
+    lambda **items: Checked(items),
 ]
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -127,6 +128,15 @@ def in_own_mapping(samples: list[Any]) -> Batch:
     return Batch({"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])})
 
 
+def packed_batches() -> DataLoader:
+    return DataLoader(items(), batch_size=8, collate_fn=with_packed)
+
+
+def with_packed(samples: list[Any]) -> dict[str, Any]:
+    x, y = torch.utils.data.default_collate(samples)
+    return {"x": x, "y": y, "packed": pack_sequence([x[:1], x, x[:3]], enforce_sorted=False)}
+
+
 def combined() -> CombinedLoader:
     loaders = {"a": shuffled(), "b": [DataLoader(items(20), batch_size=4, shuffle=True)]}
     return CombinedLoader(loaders, "max_size_cycle")
@@ -157,7 +167,7 @@ def same(ours: list[list[Any]], theirs: list[list[Any]]) -> bool:
     return all(one(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
 
 
-LOADERS = [shuffled, stream, with_workers, own_batch_sampler, rich_batches, own_mappings, combined]
+LOADERS = [shuffled, stream, with_workers, own_batch_sampler, rich_batches, own_mappings, packed_batches, combined]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
