@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Form", "copied_tensors", "has_same_bytes", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks",
-    "replace_leaves", "split", "tensors_in", "with_items",
+    "Form", "copied_tensors", "has_same_bytes", "is_dense", "is_same", "join", "leaves", "map_leaves", "map_tensors",
+    "marks", "replace_leaves", "split", "tensors_in", "with_items",
 ]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
@@ -174,8 +174,8 @@ def _looks(tensor: Tensor) -> tuple[int, int] | None:
 
 def has_same_bytes(tensor: Tensor, other: Tensor) -> bool | None:
     """Whether two tensors of a kind have the same values, NaNs too; ``None`` if their kind cannot be compared."""
-    is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
-    if not is_dense or tensor.is_quantized or tensor.is_conj():
+    is_known = type(tensor) is Tensor and is_dense(tensor) and tensor.device.type != "meta"
+    if not is_known or tensor.is_quantized or tensor.is_conj():
         return None
     return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (tensor, other)))
 
@@ -186,8 +186,8 @@ class Form:
     def __init__(self, tensor: Tensor) -> None:
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.device = tensor.device  # a `PackedSequence` looks at that of its items when it is unpickled
-        is_dense = tensor.layout == torch.strided and torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
-        self.stride = tensor.stride() if is_dense and not tensor.is_contiguous() else None
+        is_full = tensor.layout == torch.strided and torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+        self.stride = tensor.stride() if is_full and not tensor.is_contiguous() else None
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """The received ``tensor`` with the strides of the original."""
@@ -196,12 +196,13 @@ class Form:
         return torch.empty_strided(self.shape, self.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def is_dense(leaf: Any) -> bool:
+    """Whether a leaf is a tensor whose shape and type say how its values are laid out."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested
+
+
 def split(nest: Any) -> tuple[Any, list[Tensor]]:
     """The nest with forms for its dense tensors, and these tensors."""
-
-    def is_dense(leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.layout == torch.strided
-
     form = map_leaves(lambda leaf: Form(leaf) if is_dense(leaf) else leaf, nest)
     return form, [leaf for leaf in leaves(nest) if is_dense(leaf)]
 

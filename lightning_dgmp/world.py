@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from lightning_dgmp.nests import Form, join, leaves, map_leaves, split
+from lightning_dgmp.nests import Form, is_dense, join, leaves, map_leaves, split
 
 __all__ = ["Flag", "PeerError", "World"]
 
@@ -108,9 +108,8 @@ class World:
         if self.rank != source:
             forms = (leaf for leaf in leaves(form) if isinstance(leaf, Form))
             received = self._receive(form, source, what)
-            dense = lambda leaf: isinstance(leaf, Tensor) and leaf.layout == torch.strided  # noqa: E731
             return map_leaves(
-                lambda leaf: leaf.to(device) if dense(leaf) and next(forms).device.type != "cpu" else leaf, received
+                lambda leaf: leaf.to(device) if is_dense(leaf) and next(forms).device.type != "cpu" else leaf, received
             )
         for rank in ranks:
             if rank != source:
