@@ -242,19 +242,40 @@ def check_sampler(loader: Any, num_replicas: int, replica: int) -> None:
     Raises:
         MisconfigurationException: If it is not known how.
     """
-    sampler = getattr(loader, "sampler", None)
-    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    for s in {id(s): s for s in (sampler, inner)}.values():
-        if not isinstance(s, DistributedSampler) or (s.num_replicas == num_replicas and s.rank == replica):
+    for sampler in _samplers(loader):
+        num, rank = _integer(sampler, "num_replicas", "world_size", "num_shards"), _integer(sampler, "rank")
+        if num is None or rank is None or (num, rank) == (num_replicas, replica):
             continue
-        if type(s) is not DistributedSampler:
+        if num == 1 and not isinstance(sampler, DistributedSampler):  # it does not divide
+            continue
+        if type(sampler) is not DistributedSampler:
             raise MisconfigurationException(
-                f"A sampler must divide the data among the replicas, but `{type(s).__name__}` divides them among"
-                f" {s.num_replicas} processes, of which the stages of one replica are several. Pass it"
+                f"A sampler must divide the data among the replicas, but `{type(sampler).__name__}` divides them among"
+                f" {num} processes, of which the stages of one replica are several. Pass it"
                 " `num_replicas=trainer.strategy.data_parallel_size` and `rank=trainer.strategy.replica`."
             )
         right: DistributedSampler[Any] = DistributedSampler(
-            s.dataset, num_replicas, replica, shuffle=s.shuffle, seed=s.seed, drop_last=s.drop_last
+            sampler.dataset,
+            num_replicas,
+            replica,
+            shuffle=sampler.shuffle,
+            seed=sampler.seed,
+            drop_last=sampler.drop_last,
         )
-        right.epoch = s.epoch
-        s.__dict__.update(right.__dict__)
+        right.epoch = sampler.epoch
+        sampler.__dict__.update(right.__dict__)
+
+
+def _samplers(loader: Any) -> list[Any]:
+    """Those of a loader, of single items and of batches, and those inside of them."""
+    found = [loader]
+    for owner in found:  # which grows meanwhile
+        inner = getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)
+        found += [s for s in inner if s is not None and all(s is not other for other in found)]
+    return found[1:]
+
+
+def _integer(sampler: Any, *names: str) -> int | None:
+    """The attribute of the first of these names, which may be private."""
+    values = (getattr(sampler, prefix + name, None) for name in names for prefix in ("", "_"))
+    return next((value for value in values if isinstance(value, int)), None)

@@ -23,6 +23,7 @@ from lightning_dgmp.host import (
     _PredictionLoop,
     _TrainingEpochLoop,
 )
+from lightning_dgmp.replicas import in_hook
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ class _WithStrategy(_Loop):
     @property
     def _strategy(self) -> DelayedMPStrategy:
         return self.trainer.strategy  # type: ignore[return-value]
+
+    def setup_data(self) -> None:
+        with in_hook():
+            super().setup_data()  # type: ignore[misc]
 
 
 class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):

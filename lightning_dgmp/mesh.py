@@ -300,7 +300,7 @@ class MeshStrategy(DDPStrategy):
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         if self._world is None or self._in_step:
             return super().barrier(name, *args, **kwargs)
-        self._world.all_gather(None, f"the barrier {name!r}" if name else "a barrier")
+        self._world.all_gather(None, f"a barrier ({name})" if name else "a barrier")
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Form", "copied_tensors", "has_same_bytes", "is_same", "join", "leaves", "map_leaves", "map_tensors", "marks",
-    "replace_leaves", "split", "tensors_in",
+    "Form", "copied_tensors", "has_same_bytes", "is_dense", "is_same", "join", "leaves", "map_leaves", "map_tensors",
+    "marks", "replace_leaves", "split", "tensors_in", "with_items",
 ]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
@@ -33,8 +33,7 @@ def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     if isinstance(obj, deque):
         return deque((map_leaves(fn, item) for item in obj), obj.maxlen)
     if isinstance(obj, (list, tuple)):
-        items = [map_leaves(fn, item) for item in obj]
-        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+        return with_items(obj, [map_leaves(fn, item) for item in obj])
     if type(obj) is dict:
         return {key: map_leaves(fn, value) for key, value in obj.items()}
     if isinstance(obj, slice):
@@ -55,6 +54,11 @@ def map_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     return fn(obj)
 
 
+def with_items(obj: Any, items: list[Any]) -> Any:
+    """A list or tuple like ``obj`` of other ``items``; named tuples that check theirs cannot know what these are."""
+    return tuple.__new__(type(obj), items) if hasattr(obj, "_fields") else type(obj)(items)
+
+
 def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
     """``obj`` with ``fn(leaf)`` in the place of each leaf; its lists and mappings stay the same objects."""
     if isinstance(obj, _LEAVES):
@@ -68,7 +72,7 @@ def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
         items = [replace_leaves(fn, item) for item in obj]
         if all(a is b for a, b in zip(items, obj)):
             return obj
-        return type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+        return with_items(obj, items)
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         for field in dataclasses.fields(obj):
             value = getattr(obj, field.name)
@@ -178,8 +182,8 @@ def _looks(tensor: Tensor) -> tuple[int, int] | None:
 
 def has_same_bytes(tensor: Tensor, other: Tensor) -> bool | None:
     """Whether two tensors of a kind have the same values, NaNs too; ``None`` if their kind cannot be compared."""
-    is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
-    if not is_dense or tensor.is_quantized or tensor.is_conj():
+    is_known = type(tensor) is Tensor and is_dense(tensor) and tensor.device.type != "meta"
+    if not is_known or tensor.is_quantized or tensor.is_conj():
         return None
     return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (tensor, other)))
 
@@ -188,9 +192,10 @@ class Form:
     """What stands for a tensor where the tensor itself travels beside the rest of its nest."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.on_host = tensor.shape, tensor.dtype, tensor.device.type == "cpu"
-        is_dense = tensor.layout == torch.strided and torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
-        self.stride = tensor.stride() if is_dense and not tensor.is_contiguous() else None
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.device = tensor.device  # a `PackedSequence` looks at that of its items when it is unpickled
+        is_full = tensor.layout == torch.strided and torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
+        self.stride = tensor.stride() if is_full and not tensor.is_contiguous() else None
 
     def lay_out(self, tensor: Tensor) -> Tensor:
         """The received ``tensor`` with the strides of the original."""
@@ -199,12 +204,13 @@ class Form:
         return torch.empty_strided(self.shape, self.stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
+def is_dense(leaf: Any) -> bool:
+    """Whether a leaf is a tensor whose shape and type say how its values are laid out."""
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested
+
+
 def split(nest: Any) -> tuple[Any, list[Tensor]]:
     """The nest with forms for its dense tensors, and these tensors."""
-
-    def is_dense(leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.layout == torch.strided
-
     form = map_leaves(lambda leaf: Form(leaf) if is_dense(leaf) else leaf, nest)
     return form, [leaf for leaf in leaves(nest) if is_dense(leaf)]
 

@@ -18,7 +18,7 @@ import torch.distributed.nn.functional  # whose defaults are the world of the mo
 import torchmetrics.metric
 from torch import Tensor
 
-__all__ = ["Replicas", "Vote", "alone"]
+__all__ = ["Replicas", "Vote", "alone", "in_hook"]
 
 
 class Replicas:
@@ -36,31 +36,32 @@ class Replicas:
     def __init__(self, group: Any, single: Any) -> None:
         self.group, self._single = group, single
         self._stand_in: Any = None  # for the world
+        self.in_step = False  # or in a backward, where other stages are not
         Replicas.current = self
         self._world, self._gather = c10d._WorldMeta.WORLD, torchmetrics.metric.gather_all_tensors
         c10d._WorldMeta.WORLD = property(self._world_of_step, self._world.fset)  # type: ignore[assignment, attr-defined]
         torchmetrics.metric.gather_all_tensors = self._gather_from_replicas
 
-    @property
-    def in_step(self) -> bool:
-        """Whether a step or a backward is running."""
-        return self._stand_in is not None
-
     def step(self) -> AbstractContextManager[None]:
         """Around a step, and around a backward."""
         return self._instead(self.group)
+
+    def hook(self) -> AbstractContextManager[None]:
+        """Around a hook that all stages run: only who asks torch.distributed itself sees the replicas."""
+        return self._instead(self.group, in_step=False)
 
     def alone(self) -> AbstractContextManager[None]:
         """Around what runs on ghosts."""
         return self._instead(self._single)
 
     @contextmanager
-    def _instead(self, group: Any) -> Iterator[None]:
-        before, self._stand_in = self._stand_in, group
+    def _instead(self, group: Any, in_step: bool = True) -> Iterator[None]:
+        before = self._stand_in, self.in_step
+        self._stand_in, self.in_step = group, in_step
         try:
             yield
         finally:
-            self._stand_in = before
+            self._stand_in, self.in_step = before
 
     def close(self) -> None:
         """Let the world be all processes again."""
@@ -82,6 +83,11 @@ class Replicas:
 def alone() -> AbstractContextManager[None]:
     """Let collectives without a group concern this process alone."""
     return nullcontext() if Replicas.current is None else Replicas.current.alone()
+
+
+def in_hook() -> AbstractContextManager[None]:
+    """Around hooks that make loaders: what divides data by torch.distributed does so among the replicas."""
+    return nullcontext() if Replicas.current is None else Replicas.current.hook()
 
 
 class Vote:

@@ -244,7 +244,8 @@ class Transport:
             )
             raise PeerError(
                 f"All processes must see the same batches, but {self.me} is {ours} and {self._peers[stage]} is"
-                f" {theirs}. Make the data loaders of all processes equally long."
+                f" {theirs}. Make the data loaders of all processes equally long, and let all of them save checkpoints"
+                " and read whole models, not rank 0 alone."
             )
         return message
 

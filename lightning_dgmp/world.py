@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from lightning_dgmp.nests import Form, join, leaves, map_leaves, split
+from lightning_dgmp.nests import Form, is_dense, join, leaves, map_leaves, split
 
 __all__ = ["Flag", "PeerError", "World"]
 
@@ -69,25 +69,32 @@ class World:
 
         Args:
             item: Anything that can be pickled.
-            what: What this is for, to say in an error.
+            what: What this is for, to say in an error: the same for all, but for a name in parentheses.
             ranks: Who takes part, in the order of the result.
 
         Raises:
-            PeerError: If a process failed, or did not come in time.
+            PeerError: If a process failed, did not come in time, or came for something else.
         """
         ranks = tuple(range(self.size)) if ranks is None else tuple(ranks)
         key = f"{ranks}/{self._counts[ranks]}"
         self._counts[ranks] += 1
         mine = f"{key}/{self.rank}"
         try:
-            self._store.set(mine, pickle.dumps(item))
-            items = [item if r == self.rank else pickle.loads(self._get(f"{key}/{r}", r, what)) for r in ranks]
+            self._store.set(mine, pickle.dumps((what, item)))
+            given = [(what, item) if r == self.rank else self._get(f"{key}/{r}", r, what) for r in ranks]
             if (old := self._old_keys.get(ranks)) is not None:  # that all are here shows that all have read it
                 self._store.delete_key(old)
         except dist.DistNetworkError as error:
             raise PeerError(f"Rank {self.rank} lost rank 0 at {what}: {error}") from None
         self._old_keys[ranks] = mine
-        return items
+        for rank, (place, _) in zip(ranks, given):
+            if place.partition(" (")[0] != given[0][0].partition(" (")[0]:
+                raise PeerError(
+                    f"All processes must come to the same places, but rank {ranks[0]} is at {given[0][0]} and rank"
+                    f" {rank} at {place}. Let all of them do what needs all, such as `trainer.save_checkpoint` and"
+                    " `trainer.strategy.broadcast`, not rank 0 alone."
+                )
+        return [item for _, item in given]
 
     def gather(self, nest: Any, what: str, ranks: Sequence[int], destination: int) -> list[Any] | None:
         """Give ``destination`` the ``nest`` of each of ``ranks``, its tensors on the host; ``None`` to the others.
@@ -108,9 +115,8 @@ class World:
         if self.rank != source:
             forms = (leaf for leaf in leaves(form) if isinstance(leaf, Form))
             received = self._receive(form, source, what)
-            dense = lambda leaf: isinstance(leaf, Tensor) and leaf.layout == torch.strided  # noqa: E731
             return map_leaves(
-                lambda leaf: leaf.to(device) if dense(leaf) and not next(forms).on_host else leaf, received
+                lambda leaf: leaf.to(device) if is_dense(leaf) and next(forms).device.type != "cpu" else leaf, received
             )
         for rank in ranks:
             if rank != source:
@@ -213,7 +219,7 @@ class World:
             if self._store.add("num_failures", 1) == 1:
                 self._store.set("failure", reason.encode())
 
-    def _get(self, key: str, rank: int, what: str) -> bytes:
+    def _get(self, key: str, rank: int, what: str) -> Any:
         def give_up() -> None:
             raise PeerError(
                 f"Rank {self.rank} waited {self.timeout} for rank {rank} at {what}, but it did not come. Look"
@@ -221,7 +227,7 @@ class World:
             )
 
         self._wait_until(lambda: self._store.check([key]), give_up)
-        return self._store.get(key)  # type: ignore[no-any-return]
+        return pickle.loads(self._store.get(key))
 
     def _wait_until(
         self,

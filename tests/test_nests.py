@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, deque
+import pickle
+from collections import OrderedDict, UserDict, deque, namedtuple
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -34,6 +35,14 @@ class Batch(MutableMapping[str, Any]):
         return len(self._items)
 
 
+class Checked(namedtuple("_Checked", "content")):
+    """A user's own named tuple, which cannot be made of anything but tensors, as a `PackedSequence`."""
+
+    def __new__(cls, content: dict[str, Any]) -> Checked:
+        assert content["x"].sum() is not None
+        return super().__new__(cls, content)
+
+
 KINDS = [
     dict,
     OrderedDict,
@@ -41,6 +50,7 @@ KINDS = [
     lambda **items: Batch(items),
     lambda **items: [items],
     lambda **items: deque([items], 3),
+    lambda **items: Checked(items),
 ]
 
 
@@ -65,3 +75,13 @@ def test_joining_is_the_opposite_of_splitting(make: Any) -> None:
     assert all(a is b for a, b in zip(leaves(join(form, tensors)), leaves(nest)))
     with pytest.raises(ValueError, match="a tensor for each of its 2 places, but got 1"):
         join(form, tensors[:1])
+
+
+def test_what_is_not_dense_is_pickled_with_the_form() -> None:
+    parts = [torch.ones(3), torch.zeros(2)]
+    nest = [torch.nested.nested_tensor(parts), torch.eye(2).to_sparse(), torch.ones(1)]
+    form, tensors = split(nest)
+    nested, sparse, dense = join(pickle.loads(pickle.dumps(form)), tensors)
+    assert all(map(torch.equal, nested.unbind(), parts))
+    assert torch.equal(sparse.to_dense(), torch.eye(2))
+    assert dense is nest[2]

@@ -169,7 +169,11 @@ def fail(how: str) -> str:
         ("abort", "Stage 0 (rank 1) failed: out of luck"),
         ("close", "stage 1 (rank 0) waited for the activations of batch 5 from stage 0 (rank 1), but that stage"),
         ("other batch", "stage 1 (rank 0) is in batch 5 and stage 0 (rank 1) is in batch 4"),
-        ("flush", "stage 1 (rank 0) is in batch 5 and stage 0 (rank 1) is at the end after batch 5"),
+        (
+            "flush",
+            "stage 1 (rank 0) is in batch 5 and stage 0 (rank 1) is at the end after batch 5. Make the data loaders of"
+            " all processes equally long, and let all of them save checkpoints",
+        ),
         ("late", "stage 1 (rank 0) waited 0:00:01 for the activations of batch 5 from stage 0 (rank 1), but none came"),
     ],
 )

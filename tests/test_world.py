@@ -43,6 +43,23 @@ def test_what_was_done_before_a_failure_counts(pool: WorkerPool, item: Any) -> N
     assert [str(i) for i in gathered] == [str(item)] * 2
 
 
+def meet_elsewhere() -> str:
+    """Rank 0 is alone at a broadcast."""
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    world = World("127.0.0.1", timedelta(seconds=20))
+    world.all_gather(None, f"a barrier (of rank {rank})")
+    with pytest.raises(PeerError) as error:
+        world.all_gather(None, ["a broadcast", "a barrier (b)"][rank])
+    return str(error.value)
+
+
+def test_who_is_elsewhere_is_told(pool: WorkerPool) -> None:
+    sentence = "All processes must come to the same places, but rank 0 is at a broadcast and rank 1 at a barrier (b)."
+    for message in pool.run(meet_elsewhere, 2):
+        assert message.startswith(sentence)
+
+
 def average_and_fail() -> float:
     """Rank 1 fails as soon as it has taken part, while rank 0 is late to look."""
     rank = int(os.environ["LOCAL_RANK"])

@@ -12,7 +12,7 @@ import numpy
 from torch import Tensor
 
 from lightning_dgmp.ghost import Ghost
-from lightning_dgmp.nests import map_leaves
+from lightning_dgmp.nests import map_leaves, with_items
 from lightning_dgmp.objects import attributes_of, has_attributes, set_attributes
 from lightning_dgmp.operations import GhostMode
 
@@ -50,7 +50,7 @@ class Isolation:
             items = [self.copy(item) for item in nest]
             if all(a is b for a, b in zip(items, nest)):
                 return nest
-            return self._noted(nest, type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items))
+            return self._noted(nest, with_items(nest, items))
         if has_attributes(nest):
             attributes = attributes_of(self._noted(nest, nest))
             self._objects.append((nest, attributes))
@@ -84,7 +84,7 @@ class Isolation:
             items = [self.original(item) for item in nest]
             if all(a is b for a, b in zip(items, nest)):
                 return nest
-            return type(nest)(*items) if hasattr(nest, "_fields") else type(nest)(items)
+            return with_items(nest, items)
         if isinstance(nest, (list, deque, MutableMapping)):
             for key, value in list(nest.items() if isinstance(nest, MutableMapping) else enumerate(nest)):
                 nest[key] = self.original(value)

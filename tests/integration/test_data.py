@@ -12,9 +12,20 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+)
 
+from lightning_dgmp.data import check_sampler
 from lightning_dgmp.nests import leaves
 from lightning_dgmp.withheld import StandIns
 from tests import models
@@ -117,6 +128,15 @@ def in_own_mapping(samples: list[Any]) -> Batch:
     return Batch({"x": torch.stack([x for x, _ in samples]), "y": torch.stack([y for _, y in samples])})
 
 
+def packed_batches() -> DataLoader:
+    return DataLoader(items(), batch_size=8, collate_fn=with_packed)
+
+
+def with_packed(samples: list[Any]) -> dict[str, Any]:
+    x, y = torch.utils.data.default_collate(samples)
+    return {"x": x, "y": y, "packed": pack_sequence([x[:1], x, x[:3]], enforce_sorted=False)}
+
+
 def combined() -> CombinedLoader:
     loaders = {"a": shuffled(), "b": [DataLoader(items(20), batch_size=4, shuffle=True)]}
     return CombinedLoader(loaders, "max_size_cycle")
@@ -147,7 +167,7 @@ def same(ours: list[list[Any]], theirs: list[list[Any]]) -> bool:
     return all(one(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
 
 
-LOADERS = [shuffled, stream, with_workers, own_batch_sampler, rich_batches, own_mappings, combined]
+LOADERS = [shuffled, stream, with_workers, own_batch_sampler, rich_batches, own_mappings, packed_batches, combined]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -338,8 +358,48 @@ def divided() -> DataLoader[Any]:
     return DataLoader(DividesItself(), batch_size=None)
 
 
+class DividedModule(LightningDataModule):
+    """Its sampler asks when it is made."""
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        assert self.trainer.strategy.broadcast(self.trainer.global_rank) == 0  # all processes are here
+        batches = torch.arange(96).view(24, 4).tolist()
+        return DataLoader(items(96), batch_sampler=batches[dist.get_rank() :: dist.get_world_size()])
+
+
+@pytest.mark.parametrize("loader", [divided, DividedModule])
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_streams_divide_themselves_among_replicas(pool: WorkerPool, num_replicas: int) -> None:
-    devices = 2 * num_replicas
-    outcome = pool.run(fit, devices, models.MLP, divided, {"num_stages": 2}, devices)[0]
+def test_what_divides_itself_does_so_among_replicas(pool: WorkerPool, loader: Any, num_replicas: int) -> None:
+    devices, kwargs = 2 * num_replicas, {"use_distributed_sampler": False}
+    outcome = pool.run(fit, devices, models.MLP, loader, {"num_stages": 2}, devices, **kwargs)[0]
     assert outcome.global_step == 24 // num_replicas
+
+
+class OwnDistributed(DistributedSampler[Any]):
+    """May also be a batch sampler."""
+
+
+class Divided(Sampler[int]):
+    def __init__(self, num_shards: int, rank: int) -> None:
+        self._num_shards, self._rank = num_shards, rank
+
+
+SAMPLERS = {
+    "subclass": lambda *where: {"sampler": OwnDistributed(items(), *where)},
+    "own": lambda *where: {"sampler": Divided(*where)},
+    "of batches": lambda *where: {"batch_sampler": OwnDistributed(items(), *where)},
+    "inside": lambda *where: {"batch_sampler": BatchSampler(Divided(*where), 4, drop_last=True)},
+}
+
+
+@pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+def test_samplers_that_divide_among_processes_are_refused(make: Any) -> None:
+    check_sampler(DataLoader(items(), **make(2, 1)), 2, 1)
+    for where in [(2, 0), (4, 1)]:
+        with pytest.raises(MisconfigurationException, match=f"divides them among {where[0]} processes"):
+            check_sampler(DataLoader(items(), **make(*where)), 2, 1)
+
+
+def test_a_sampler_of_one_process_divides_nothing() -> None:
+    check_sampler(DataLoader(items(), sampler=Divided(1, 0)), 2, 1)
