@@ -14,9 +14,9 @@ import numpy
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dgmp.ghost import realised
+from lightning_dgmp.ghost import Ghost, check_sent, realised
 from lightning_dgmp.host import LightningModule, rank_zero_warn
-from lightning_dgmp.nests import is_same, leaves, marks, split
+from lightning_dgmp.nests import is_same, leaves, marks, split, tensors_in
 from lightning_dgmp.objects import attributes_of, has_attributes, is_object_of_user
 from lightning_dgmp.parcel import Parcel, can_be_pickled, pack, unpack
 
@@ -130,15 +130,16 @@ class Learned:
 
     def _packed(self, key: Key, value: Any) -> Any:
         """As what a changed ``value`` travels, or ``_NOTHING``."""
-        if not isinstance(value, _CONTAINERS) or (is_plain(value) and can_be_pickled(split(value)[0])):
-            return value
         try:
+            if not isinstance(value, _CONTAINERS) or (is_plain(value) and can_be_pickled(split(value)[0])):
+                check_sent(tensors_in(value, Ghost))
+                return value
             return pack(value)
         except Exception as error:
             if key not in self._warned:
                 self._warned.add(key)
                 rank_zero_warn(
-                    f"What steps keep must be something that can be pickled to reach all stages, but"
+                    "What steps keep must be there and something that can be pickled to reach all stages, but"
                     f" `{'.'.join(filter(None, key))}` stays on the last stage ({error}): keep tensors, numbers or"
                     " objects of classes of a module."
                 )

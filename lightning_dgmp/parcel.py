@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_dgmp.ghost import realised
+from lightning_dgmp.ghost import check_sent, realised
 from lightning_dgmp.host import Trainer
 
 __all__ = ["Parcel", "can_be_pickled", "pack", "unpack"]
@@ -35,11 +35,12 @@ def pack(value: Any) -> Parcel:
     """A parcel with ``value``.
 
     Raises:
-        Exception: Of any kind, if something in it cannot be pickled, or is a module or a trainer.
+        Exception: Of any kind, if something in it cannot be pickled, has no value, or is a module or a trainer.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
+    check_sent(pickler.tensors)
     return Parcel(file.getvalue(), pickler.tensors)
 
 

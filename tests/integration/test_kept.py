@@ -144,3 +144,18 @@ def test_what_cannot_be_sent_is_named_once(pool: WorkerPool) -> None:
     assert "`kept` stays on the last stage (it holds a KeepsTheModel)" in first[0]
     assert not second
     assert pool.run(warnings_while_keeping, 2, Keeps) == [[], []]
+
+
+class KeepsAnActivation(ChangesAnObject):
+    """Of another stage, from which it does not travel."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.kept["all"].numbers.append(self.inp(batch[0]))
+        self.loss(batch)
+
+
+def test_what_has_not_come_to_the_last_stage_is_named(pool: WorkerPool) -> None:
+    said = pool.run(warnings_while_keeping, 2, KeepsAnActivation)[0]
+    assert len(said) == 1
+    assert "`kept` stays on the last stage (a value is needed that is not here, of" in said[0]
+    assert "made by `inp` of stage 0" in said[0]
