@@ -25,7 +25,7 @@ from lightning_dgmp.objects import attributes_of, has_attributes
 if TYPE_CHECKING:
     from lightning_dgmp.operations import GhostMode
 
-__all__ = ["PLAIN", "Ghost", "GhostError", "GhostRead", "check_sent", "looks_of", "realised"]
+__all__ = ["PLAIN", "Ghost", "GhostError", "GhostRead", "check_sent", "left_behind", "looks_of", "realised"]
 
 
 #: Types of arguments that are what they look like.
@@ -208,6 +208,15 @@ def check_sent(tensors: Iterable[Tensor]) -> None:
             raise GhostError(
                 f"a value is needed that is not here, of {tensor.describe()}: keep and log what the last stage computes"
             )
+
+
+def left_behind(ghost: Ghost) -> GhostError:
+    """The error for who uses a ghost of a trace that is over."""
+    return GhostError(
+        f"The first step also runs once without values, to see what it does, and has left {ghost.describe()} where that"
+        " is not undone. What steps keep belongs in attributes of the LightningModule and of its modules, or in"
+        " containers and objects of your own classes there."
+    )
 
 
 def _realise(leaf: Any) -> Any:

@@ -17,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_dgmp.ghost import Ghost, check_sent, realised
 from lightning_dgmp.host import LightningModule, rank_zero_warn
 from lightning_dgmp.nests import is_same, leaves, marks, split, tensors_in
-from lightning_dgmp.objects import attributes_of, has_attributes, is_object_of_user
+from lightning_dgmp.objects import attributes_of, has_attributes, is_object_of_user, modules_beside
 from lightning_dgmp.parcel import Parcel, can_be_pickled, pack, unpack
 
 __all__ = ["Key", "Learned", "attributes_in", "is_plain", "put_attributes"]
@@ -83,18 +83,21 @@ class Learned:
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
         mine = self._changes()
-        objects = {key[:2]: type(getattr(self._module.get_submodule(key[0]), key[1])) for key in mine if key[2]}
+        modules = dict(self._modules())
+        objects = {key[:2]: type(getattr(modules[key[0]], key[1])) for key in mine if key[2]}
         kinds = {key: kind for key, kind in objects.items() if can_be_pickled(kind)}
         theirs, kinds = self._share((mine, kinds), "the end of an epoch")
         for (path, name, inner), value in theirs.items():
-            attributes = self._module.get_submodule(path).__dict__
+            if path not in modules:  # a step has made it
+                continue
+            attributes = vars(modules[path])
             if (kind := kinds.get((path, name))) and inner and type(attributes.get(name)) is not kind:
                 attributes[name] = kind.__new__(kind)  # made by a step
             entries, entry = (vars(attributes[name]), inner) if inner else (attributes, name)
             if not isinstance(value, Parcel):
                 entries[entry] = value
             elif theirs is not mine:
-                entries[entry] = unpack(value, entries.get(entry))
+                entries[entry] = unpack(value, entries.get(entry), modules)
 
     def share_results(self, results: Any = None) -> Any:
         """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
@@ -134,7 +137,7 @@ class Learned:
             if not isinstance(value, _CONTAINERS) or (is_plain(value) and can_be_pickled(split(value)[0])):
                 check_sent(tensors_in(value, Ghost))
                 return value
-            return pack(value)
+            return pack(value, {id(module): path for path, module in self._watched if path})
         except Exception as error:
             if key not in self._warned:
                 self._warned.add(key)
@@ -146,7 +149,8 @@ class Learned:
             return _NOTHING
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
-        modules = self._module.named_modules()
+        """The LightningModule and the metrics in it, also those in its containers and objects."""
+        modules = [*self._module.named_modules(), *modules_beside(self._module).items()]
         return [(path, m) for path, m in modules if not path or isinstance(m, (Metric, MetricCollection))]
 
     def _attributes(self) -> Iterator[tuple[Key, Any]]:
