@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 from torchmetrics import CatMetric, MeanMetric, SumMetric
 
+from lightning_dgmp.learned import _glimpse
 from tests import models
 from tests.pool import WorkerPool
 from tests.training import Outcome, assert_equal, fit
@@ -149,6 +150,18 @@ def test_what_steps_keep(pool: WorkerPool, kind: type[Keeps]) -> None:
     assert_equal(results[0][0], expected[0], 1e-6)
     for losses, right in zip(results[0][1], expected[1], strict=True):
         assert losses == pytest.approx(right, rel=1e-5)
+
+
+def test_a_tensor_in_the_place_of_another_is_new() -> None:
+    """Also where it has the address of the one before."""
+    result = Result(torch.zeros(()), 0)
+    kept = [result]
+    before = _glimpse(kept)
+    assert before == _glimpse(kept)
+    for _ in range(100):
+        del result.loss
+        result.loss = torch.zeros(())
+        assert before != _glimpse(kept)
 
 
 class KeepsTheModel(Keeps):
