@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from lightning_dgmp.objects import attributes_of, has_attributes
 if TYPE_CHECKING:
     from lightning_dgmp.operations import GhostMode
 
-__all__ = ["PLAIN", "Ghost", "GhostError", "GhostRead", "looks_of", "realised"]
+__all__ = ["PLAIN", "Ghost", "GhostError", "GhostRead", "check_sent", "left_behind", "looks_of", "realised"]
 
 
 #: Types of arguments that are what they look like.
@@ -195,6 +195,28 @@ def looks_of(obj: Any) -> Any:
 def realised(nest: Any) -> Any:
     """``nest`` with their values in the place of bound ghosts, also in its containers; waits for them if need be."""
     return replace_leaves(_realise, nest)
+
+
+def check_sent(tensors: Iterable[Tensor]) -> None:
+    """See that no ghost is sent, which torch.distributed takes for done without sending anything.
+
+    Raises:
+        GhostError: If one of ``tensors`` has no value.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, Ghost) and not tensor.bound:
+            raise GhostError(
+                f"a value is needed that is not here, of {tensor.describe()}: keep and log what the last stage computes"
+            )
+
+
+def left_behind(ghost: Ghost) -> GhostError:
+    """The error for who uses a ghost of a trace that is over."""
+    return GhostError(
+        f"The first step also runs once without values, to see what it does, and has left {ghost.describe()} where that"
+        " is not undone. What steps keep belongs in attributes of the LightningModule and of its modules, or in"
+        " containers and objects of your own classes there."
+    )
 
 
 def _realise(leaf: Any) -> Any:

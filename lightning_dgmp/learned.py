@@ -6,6 +6,7 @@ over the others get what it left, so that ``on_validation_epoch_end`` and the li
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -14,10 +15,10 @@ import numpy
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dgmp.ghost import realised
+from lightning_dgmp.ghost import Ghost, check_sent, realised
 from lightning_dgmp.host import LightningModule, rank_zero_warn
-from lightning_dgmp.nests import is_same, leaves, marks, split
-from lightning_dgmp.objects import attributes_of, has_attributes, is_object_of_user
+from lightning_dgmp.nests import is_same, leaves, marks, split, tensors_in
+from lightning_dgmp.objects import attributes_of, has_attributes, is_object_of_user, modules_beside
 from lightning_dgmp.parcel import Parcel, can_be_pickled, pack, unpack
 
 __all__ = ["Key", "Learned", "attributes_in", "is_plain", "put_attributes"]
@@ -83,18 +84,21 @@ class Learned:
     def share_state(self) -> None:
         """Give all stages the attributes that the steps have changed on the last one."""
         mine = self._changes()
-        objects = {key[:2]: type(getattr(self._module.get_submodule(key[0]), key[1])) for key in mine if key[2]}
+        modules = dict(self._modules())
+        objects = {key[:2]: type(getattr(modules[key[0]], key[1])) for key in mine if key[2]}
         kinds = {key: kind for key, kind in objects.items() if can_be_pickled(kind)}
         theirs, kinds = self._share((mine, kinds), "the end of an epoch")
         for (path, name, inner), value in theirs.items():
-            attributes = self._module.get_submodule(path).__dict__
+            if path not in modules:  # a step has made it
+                continue
+            attributes = vars(modules[path])
             if (kind := kinds.get((path, name))) and inner and type(attributes.get(name)) is not kind:
                 attributes[name] = kind.__new__(kind)  # made by a step
             entries, entry = (vars(attributes[name]), inner) if inner else (attributes, name)
             if not isinstance(value, Parcel):
                 entries[entry] = value
             elif theirs is not mine:
-                entries[entry] = unpack(value, entries.get(entry))
+                entries[entry] = unpack(value, entries.get(entry), modules)
 
     def share_results(self, results: Any = None) -> Any:
         """Give all stages the metrics for callbacks, for the progress bar and for loggers, and ``results``.
@@ -130,22 +134,24 @@ class Learned:
 
     def _packed(self, key: Key, value: Any) -> Any:
         """As what a changed ``value`` travels, or ``_NOTHING``."""
-        if not isinstance(value, _CONTAINERS) or (is_plain(value) and can_be_pickled(split(value)[0])):
-            return value
         try:
-            return pack(value)
+            if not isinstance(value, _CONTAINERS) or (is_plain(value) and can_be_pickled(split(value)[0])):
+                check_sent(tensors_in(value, Ghost))
+                return value
+            return pack(value, {id(module): path for path, module in self._watched if path})
         except Exception as error:
             if key not in self._warned:
                 self._warned.add(key)
                 rank_zero_warn(
-                    f"What steps keep must be something that can be pickled to reach all stages, but"
+                    "What steps keep must be there and something that can be pickled to reach all stages, but"
                     f" `{'.'.join(filter(None, key))}` stays on the last stage ({error}): keep tensors, numbers or"
                     " objects of classes of a module."
                 )
             return _NOTHING
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
-        modules = self._module.named_modules()
+        """The LightningModule and the metrics in it, also those in its containers and objects."""
+        modules = [*self._module.named_modules(), *modules_beside(self._module).items()]
         return [(path, m) for path, m in modules if not path or isinstance(m, (Metric, MetricCollection))]
 
     def _attributes(self) -> Iterator[tuple[Key, Any]]:
@@ -169,9 +175,22 @@ def put_attributes(root: nn.Module, attributes: Mapping[Key, Any]) -> None:
         (vars(of_module[name]) if inner else of_module)[inner or name] = value
 
 
+class _Identity:
+    """Of a tensor, whose ``id`` another one may have later."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        tensor = self._tensor()
+        return tensor is not None and isinstance(other, _Identity) and tensor is other._tensor()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _look(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
+        return _Identity(value), None if value.is_inference() else value._version
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
         return type(value), repr(value) if isinstance(value, float) else value  # a NaN is itself
     return id(value), len(value) if isinstance(value, (list, dict, set, deque)) else 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import pickle
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
-from lightning_dgmp.ghost import realised
+from lightning_dgmp.ghost import check_sent, realised
 from lightning_dgmp.host import Trainer
 
 __all__ = ["Parcel", "can_be_pickled", "pack", "unpack"]
@@ -31,38 +33,46 @@ def can_be_pickled(value: Any) -> bool:
     return True
 
 
-def pack(value: Any) -> Parcel:
-    """A parcel with ``value``.
+def pack(value: Any, known: Mapping[int, str]) -> Parcel:
+    """A parcel with ``value``, in which names stand for modules whose ``id`` is ``known``.
 
     Raises:
-        Exception: Of any kind, if something in it cannot be pickled, or is a module or a trainer.
+        Exception: Of any kind, if something in it cannot be pickled, has no value, or is a trainer, or a module but
+            no metric.
     """
     file = io.BytesIO()
-    pickler = _Pickler(file)
+    pickler = _Pickler(file, known)
     pickler.dump(value)
+    check_sent(pickler.tensors)
     return Parcel(file.getvalue(), pickler.tensors)
 
 
-def unpack(parcel: Parcel, before: Any) -> Any:
-    """What was packed; a ``defaultdict`` whose factory could not be sent gets that of its like in ``before``."""
-    value = _Unpickler(io.BytesIO(parcel.data), parcel.tensors).load()
+def unpack(parcel: Parcel, before: Any, known: Mapping[str, nn.Module]) -> Any:
+    """What was packed, with the ``known`` modules of this process.
+
+    A ``defaultdict`` whose factory could not be sent gets that of its like in ``before``.
+    """
+    value = _Unpickler(io.BytesIO(parcel.data), parcel.tensors, known).load()
     _give_factories(value, before)
     return value
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, known: Mapping[int, str]) -> None:
         super().__init__(file)
         self.tensors: list[Tensor] = []
+        self._known = known
 
-    def persistent_id(self, obj: Any) -> int | None:
+    def persistent_id(self, obj: Any) -> int | str | None:
+        if isinstance(obj, nn.Module):
+            return self._known.get(id(obj))
         if not isinstance(obj, Tensor):
             return None
         self.tensors.append(realised(obj))
         return len(self.tensors) - 1
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, (nn.Module, Trainer)):
+        if isinstance(obj, (nn.Module, Trainer)) and not isinstance(obj, (Metric, MetricCollection)):
             raise pickle.PicklingError(f"it holds a {type(obj).__name__}")
         if isinstance(obj, defaultdict) and not can_be_pickled(obj.default_factory):
             return type(obj), (_unsent,), None, None, iter(obj.items())
@@ -70,12 +80,12 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, tensors: list[Tensor]) -> None:
+    def __init__(self, file: Any, tensors: list[Tensor], known: Mapping[str, nn.Module]) -> None:
         super().__init__(file)
-        self._tensors = tensors
+        self._tensors, self._known = tensors, known
 
-    def persistent_load(self, pid: int) -> Tensor:
-        return self._tensors[pid]
+    def persistent_load(self, pid: int | str) -> Tensor | nn.Module:
+        return self._tensors[pid] if isinstance(pid, int) else self._known[pid]
 
 
 def _unsent() -> Any:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from lightning_dgmp.ghost import GhostError, check_sent
 from lightning_dgmp.nests import Form, is_dense, join, leaves, map_leaves, split
 
 __all__ = ["Flag", "PeerError", "World"]
@@ -101,7 +102,7 @@ class World:
 
         Tensors are sent as they are, only the rest of a nest is pickled.
         """
-        form, tensors = split(nest)
+        form, tensors = _parts(nest, what)
         forms = self.all_gather(form, what, ranks)
         if self.rank != destination:
             self._send(tensors, destination, what)
@@ -110,7 +111,7 @@ class World:
 
     def share(self, nest: Any, what: str, ranks: Sequence[int], source: int, device: torch.device) -> Any:
         """Give all ``ranks`` the ``nest`` of ``source``, its tensors on the host, or on ``device`` if not there."""
-        form, tensors = split(nest) if self.rank == source else (None, [])
+        form, tensors = _parts(nest, what) if self.rank == source else (None, [])
         form = self.all_gather(form, what, ranks)[list(ranks).index(source)]
         if self.rank != source:
             forms = (leaf for leaf in leaves(form) if isinstance(leaf, Form))
@@ -252,6 +253,15 @@ class World:
                     grace -= _LOOK
                 if now - begin > self.timeout.total_seconds():
                     give_up()
+
+
+def _parts(nest: Any, what: str) -> tuple[Any, list[Tensor]]:
+    form, tensors = split(nest)
+    try:
+        check_sent(tensors)
+    except GhostError as error:
+        raise GhostError(f"Stages can tell each other only values that they have, but at {what} {error}.") from None
+    return form, tensors
 
 
 def _value_or_error(future: Future[Any]) -> Any:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_dgmp.ghost import GhostError
+from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.world import PeerError, World
 from tests import models
 from tests.pool import WorkerPool
@@ -58,6 +60,23 @@ def test_who_is_elsewhere_is_told(pool: WorkerPool) -> None:
     sentence = "All processes must come to the same places, but rank 0 is at a broadcast and rank 1 at a barrier (b)."
     for message in pool.run(meet_elsewhere, 2):
         assert message.startswith(sentence)
+
+
+def share_a_ghost() -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    world = World("127.0.0.1", timedelta(seconds=20))
+    ghost = GhostMode().like(torch.empty(3), "the test", False, torch.device("cpu"))
+    try:
+        world.share({"a": ghost}, "a test", [0, 1], 0, torch.device("cpu"))
+    except GhostError as error:
+        world.fail(str(error))
+        raise
+
+
+def test_what_has_no_value_cannot_be_sent(pool: WorkerPool) -> None:
+    for failure in pool.try_run(share_a_ghost, 2):
+        assert "at a test a value is needed that is not here, of a (3,) torch.float32 tensor" in failure.message
 
 
 def average_and_fail() -> float:

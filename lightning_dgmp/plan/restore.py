@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from lightning_dgmp.ghost import Ghost
 from lightning_dgmp.nests import has_same_bytes, is_same, marks
-from lightning_dgmp.objects import is_object_of_user
+from lightning_dgmp.objects import MAX_ITEMS, is_object_of_user
 
 __all__ = ["attributes_of_now", "attributes_saved", "is_plain", "untouched"]
 
-_MAX_ITEMS = 10_000  # of a container; larger ones are data, and not copied in every step
 _Generator = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
 
 
@@ -57,7 +56,7 @@ def attributes_saved(root: nn.Module) -> Callable[[], None]:
 
 def attributes_of_now(root: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A function that lets ``root`` and its submodules have the attributes and buffers of now for a while, later."""
-    moment = [(c, _copied(c)) for c in _containers(root) if len(c) <= _MAX_ITEMS]
+    moment = [(c, _copied(c)) for c in _containers(root) if len(c) <= MAX_ITEMS]
     generators = [(item, _state(item)) for c, _ in moment for item in _items(c) if isinstance(item, _Generator)]
 
     @contextmanager
@@ -80,7 +79,10 @@ def attributes_of_now(root: nn.Module) -> Callable[[], AbstractContextManager[No
 
 
 def _containers(root: nn.Module) -> Iterator[Any]:
-    """The dicts, lists, sets and deques in the attributes of all modules, the attributes themselves first."""
+    """The dicts, lists, sets and deques in the attributes of all modules, the attributes themselves first.
+
+    Modules count too that only containers and objects hold.
+    """
     seen: set[int] = set()
     waiting: list[Any] = [module.__dict__ for module in root.modules()]
     while waiting:
@@ -88,16 +90,14 @@ def _containers(root: nn.Module) -> Iterator[Any]:
         if isinstance(item, tuple):
             waiting.extend(item)
             continue
-        if isinstance(item, nn.Module):
-            continue
         if not isinstance(item, (dict, list, set, deque)):
-            if not is_object_of_user(item):
+            if not (isinstance(item, nn.Module) or is_object_of_user(item)):
                 continue
             item = vars(item)
         if id(item) not in seen:
             seen.add(id(item))
             yield item
-            if len(item) <= _MAX_ITEMS:
+            if len(item) <= MAX_ITEMS:
                 waiting.extend(_items(item))
 
 

@@ -26,8 +26,9 @@ from lightning_dgmp.calls import (
     intercepted_calls,
     no_backward_hooks,
 )
-from lightning_dgmp.ghost import Ghost, GhostError, GhostRead
+from lightning_dgmp.ghost import Ghost, GhostError, GhostRead, left_behind
 from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
+from lightning_dgmp.objects import modules_beside
 from lightning_dgmp.operations import GhostMode, Result, shares_memory
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
@@ -80,6 +81,7 @@ def trace_step(
                     f" are not here. Use the Python functions that they were made from. ({error})"
                 ) from None
             tracer.finish()
+    tracer.is_over = True
     return tracer.trace
 
 
@@ -105,11 +107,13 @@ class _Tracer(GhostMode):
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
         # Also what metrics count in; all of it is put back after the trace.
-        kept = [item for module in root.modules() for item in vars(module).values() if is_plain(item)]
+        modules = (*root.modules(), *modules_beside(root).values())
+        kept = [item for module in modules for item in (*vars(module).values(), *module.buffers()) if is_plain(item)]
         self.written_over = lambda: (*root.buffers(), *kept)
         self._hooked = {module for module in root.modules() if has_backward_hooks(module)}
         self._open: list[int] = []
         self._open_modules: list[nn.Module] = []
+        self.is_over = False
         self._time = self._functions_open = 0
         self._values: list[weakref.ref[Ghost]] = []
         self._checkpoints = _Checkpoints()
@@ -173,6 +177,8 @@ class _Tracer(GhostMode):
         return f" in `{path}`" if path else ""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self.is_over and getattr(func, "__name__", "") != "__get__":
+            raise left_behind(tensors_in((args, kwargs), Ghost)[0])
         for tensor in tensors_in((args, kwargs)):
             hidden = None if isinstance(tensor, Ghost) or not tensor.requires_grad else self._hidden_parameter(tensor)
             if hidden is not None:

@@ -43,6 +43,15 @@ class Stateful(nn.Module):
         return torch.dropout(x, 0.5, True)
 
 
+def test_who_reads_what_was_kept_elsewhere_is_told() -> None:
+    module, kept = nn.Linear(4, 4), list[Tensor]()
+    trace_step(lambda _: kept.append(module(torch.ones(4)).sum()), module, CPU)
+    assert kept[0].shape == ()
+    for read in (float, lambda value: value + 1):
+        with pytest.raises(GhostError, match=r"has left .* made by .* where that is not undone"):
+            read(kept[0])
+
+
 def test_nothing_stays_behind() -> None:
     module = Stateful()
     before = {name: value.clone() for name, value in module.state_dict().items()}
