@@ -160,9 +160,8 @@ class MeshStrategy(DDPStrategy):
         super().setup_environment()
         width = 1 if self._virtual else self.num_stages
         if self._device_mesh is None:
-            self._device_mesh = init_device_mesh(
-                self.root_device.type, (self.world_size // width, width), mesh_dim_names=("replica", "stage")
-            )
+            shape = self.world_size // width, width
+            self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replica", "stage"))
         if self._is_pipeline:
             assert self.cluster_environment is not None
             timeout = self._timeout or default_pg_timeout
