@@ -149,7 +149,7 @@ class StageRunner:
             result = self._run(forward)
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
-        forward.check_shapes()
+        forward.settle()
         self.messages.read_activations(record)
         if self.stage == 0:
             wishes, self.messages.wishes = self.messages.wishes, Wish(0)
@@ -183,7 +183,7 @@ class StageRunner:
                 forward.message(source)
             self.messages.send_activations(record)
             self.num_forwards += 1
-        forward.check_shapes()
+        forward.settle()
         return result
 
     def request(self, wish: Wish) -> None:
