@@ -269,6 +269,17 @@ class CarriesStates(ThreeBlocks):
         return h.mean(1)
 
 
+class CutsStatesOff(CarriesStates):
+    """Keeps states as they come, and detaches them at the start of the next step."""
+
+    def features(self, x: Tensor) -> Tensor:
+        if self.states is None or self.pair[1].shape[1] != len(x):
+            self.pair, self.states = x.new_zeros(2, 1, len(x), 8), {"second": [x.new_zeros(1, len(x), 8)]}
+        self.pair = self.first(x[:, None].expand(-1, 3, -1), tuple(kept.detach() for kept in self.pair)[1])
+        h, self.states["second"][0] = self.second(self.pair[0], self.states["second"][0].detach())
+        return self.third(h, None)[0].mean(1)
+
+
 class UnfreezesWhileInFlight(ThreeBlocks):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -366,7 +377,7 @@ class CarriesInADict(ThreeBlocks):
 HABITS: list[Callable[..., Any]] = [
     RealMask, ByEnum, KeepsMask, CountsInABuffer, FillsAList, ChangesADict, ReturnsADict, AppendsSizes, ScalesTheBatch,
     AddsInPlace, ReturnsTwice, HooksActivations, CountsAtTheEnd, CarriesStates, UnfreezesWhileInFlight, DetachesAtFirst,
-    LoopsOverCells, CountsValues, Trims, Anneals, CarriesInADict,
+    LoopsOverCells, CountsValues, Trims, Anneals, CarriesInADict, CutsStatesOff,
 ]  # fmt: skip
 
 

@@ -54,7 +54,7 @@ class _Buffer:
 
     def put(self, content: Tensor) -> None:
         """Put a new tensor with these bytes wherever the present one is."""
-        new, old = content.view(self._dtype).view(self._shape), self._now()
+        new, old = content.view(self._dtype).view(self._shape).detach(), self._now()  # no view of one that lives on
         for entries, name in self._places:
             if entries.get(name) is old:
                 entries[name] = new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -76,6 +77,7 @@ class Forward:
         self.randomness, self.receive, self.record, self.keeps_inputs = randomness, receive, record, keeps_inputs
         self.record.shapes = [0]
         self.occurrences: Counter[str] = Counter()
+        self.bound: list[weakref.ref[Ghost]] = []
         self.timing = timing
         self.inside = self.done = False
         self.overwritten = Overwritten(skips.root, skips.mode, stage, stage in plan.overwritten)
@@ -144,6 +146,7 @@ class Forward:
                 if transfer.target == self.stage:
                     if isinstance(item, Ghost):
                         item.bind(partial(self.value, slot, transfer, item.dtype))
+                        self.bound.append(weakref.ref(item))
                     continue
                 item = item.received() if isinstance(item, Ghost) and item.bound else item
                 if not isinstance(item, Tensor) or isinstance(item, Ghost):
@@ -182,7 +185,15 @@ class Forward:
             received[source] = self.receive(source)
         return received[source]
 
-    def check_shapes(self) -> None:
+    def settle(self) -> None:
+        """Check what has arrived, and give it to the ghosts that outlive the step, before the messages go."""
+        self._check_shapes()
+        for reference in self.bound:
+            ghost = reference()
+            if ghost is not None:
+                ghost.received()
+
+    def _check_shapes(self) -> None:
         """Compare what modules return here with what they return on earlier stages, as far as both have run."""
         for source, message in self.record.received.items():
             num_calls, digest = message.shapes

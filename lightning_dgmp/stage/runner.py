@@ -25,7 +25,7 @@ from lightning_dgmp.stage.forward import Forward, InFlight, StepDone
 from lightning_dgmp.stage.messages import Messages
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
 from lightning_dgmp.stage.skip import Skips
-from lightning_dgmp.stage.snapshot import as_leaf, take_snapshot
+from lightning_dgmp.stage.snapshot import as_leaf, buffers_kept, take_snapshot
 from lightning_dgmp.stage.wiring import Wiring
 from lightning_dgmp.transport import ACTIVATIONS, Transport
 from lightning_dgmp.wire import Wish
@@ -98,9 +98,9 @@ class StageRunner:
         self.messages = Messages(stage, self._wiring, transport, message_dtype)
         #: The modules whose calls must come here: not those inside of what this stage runs as a whole.
         self.watched = {path for path, owner in plan.modules.items() if owner != stage or path in plan.visible}
-        # What several stages run.
-        owners = [(plan.modules.get(path), module._buffers) for path, module in root.named_modules() if module._buffers]
-        self._shared_buffers: list[dict[str, Any]] = [entries for owner, entries in owners if owner is None]
+        owners = [(plan.modules.get(path), module) for path, module in root.named_modules() if module._buffers]
+        self._with_buffers = [module for owner, module in owners if owner in (None, stage)]
+        self._shared_buffers: list[dict[str, Any]] = [m._buffers for owner, m in owners if owner is None]
         self._toggled = [(root.get_submodule(path).__dict__, name) for path, name in plan.toggled]
         self._forward: Forward | None = None
         self._have_trained: set[str] = set()  # what an optimizer may still have gradients of
@@ -145,11 +145,11 @@ class StageRunner:
         if graph_later:
             record.attributes = attributes_of_now(self.root)
         forward = self._forward_of(record, keeps_inputs=graph_later)
-        with torch.no_grad() if graph_later else nullcontext():
+        with torch.no_grad() if graph_later else buffers_kept(self._with_buffers if self.delay > 0 else []):
             result = self._run(forward)
         for source in self._wiring.sources:
             forward.message(source)  # also those that nothing asked for
-        forward.check_shapes()
+        forward.settle()
         self.messages.read_activations(record)
         if self.stage == 0:
             wishes, self.messages.wishes = self.messages.wishes, Wish(0)
@@ -183,7 +183,7 @@ class StageRunner:
                 forward.message(source)
             self.messages.send_activations(record)
             self.num_forwards += 1
-        forward.check_shapes()
+        forward.settle()
         return result
 
     def request(self, wish: Wish) -> None:
