@@ -193,7 +193,10 @@ class World:
 
     def failure(self) -> str | None:
         """Why the first process that failed did so, if any has."""
-        return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+        try:
+            return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+        except dist.DistNetworkError as error:
+            return f"Rank {self.rank} lost rank 0: {error}"
 
     def _end_at_once_if_waiting(self) -> None:
         """At the exit: destructors of torch would wait for what others never answer."""
