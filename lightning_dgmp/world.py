@@ -206,7 +206,7 @@ class World:
             os._exit(1)
 
     def flag(self) -> Flag:
-        """A new flag that is down. All processes must make it."""
+        """A new flag. All processes must make it."""
         self._num_flags += 1
         return Flag(self._store, f"flag/{self._num_flags}")
 
@@ -259,19 +259,19 @@ def _value_or_error(future: Future[Any]) -> Any:
 
 
 class Flag:
-    """What any process can raise and any can look at, without waiting for each other."""
+    """A number, at first 0, that any process can set and any can look at, without waiting for each other."""
 
     def __init__(self, store: Any, key: str) -> None:
         self._store, self._key = store, key
 
-    def put_up(self) -> None:
+    def set(self, value: int) -> None:
         with contextlib.suppress(RuntimeError):  # rank 0 is gone: all will notice
-            self._store.set(self._key, b"")
+            self._store.set(self._key, str(int(value)))
 
-    def is_up(self) -> bool:
+    def value(self) -> int:
         with contextlib.suppress(RuntimeError):
-            return bool(self._store.check([self._key]))
-        return False
+            return int(self._store.get(self._key)) if self._store.check([self._key]) else 0
+        return 0
 
 
 _at_exit: list[Callable[[], None]] = []  # of the newest world, for which all have left the others
