@@ -102,7 +102,8 @@ def _only_together(callback: ModelCheckpoint | OnExceptionCheckpoint) -> Callabl
     original = callback.on_exception
 
     def on_exception(trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):  # which all stages raise after the same batch
+        # After a signal all stages raise after the same batch.
+        if SIGTERMException in (type(exception), type(exception.__cause__)):
             original(trainer, module, exception)
         elif isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
             rank_zero_warn(

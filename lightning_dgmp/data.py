@@ -65,8 +65,8 @@ class Feed:
         self.loads, self._loading, self.share, self._together = stage == 0, loading, share, together
         self._transport = transport
         self._num_messages = self._num_loaders = 0
-        self._is_end_due: Callable[[], bool] = lambda: False
-        self.ends = False
+        self._ending_due: Callable[[], Wish] = lambda: Wish(0)
+        self.ending = Wish(0)
         self._lender = Lender(range(1, num_stages))
         self._stand_ins, self._num_in_flight = StandIns(self._ask), num_in_flight
         self.is_closed = False
@@ -94,9 +94,9 @@ class Feed:
         is_stream = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset)
         return self._loaded(iterator, key, self._together if is_stream else None)
 
-    def let_end(self, is_due: Callable[[], bool]) -> None:
-        """Let all stages find :attr:`ends` set after the same batch, soon after ``is_due`` holds on stage 0."""
-        self._is_end_due = is_due
+    def let_end(self, due: Callable[[], Wish]) -> None:
+        """Let all stages find in :attr:`ending` after the same batch what ``due`` returns on stage 0, soon after."""
+        self._ending_due = due
 
     def read(self, nest: Any) -> Any:
         """A batch with the values of all its tensors, also of those that this stage would not read."""
@@ -113,7 +113,7 @@ class Feed:
 
     def _received(self) -> Iterator[Any]:
         while (message := self._receive()).extra:
-            self.ends = bool(message.wishes & Wish.TERMINATE)
+            self.ending = Wish(message.wishes)
             form = pickle.loads(message.extra)
             if any(tensor is None for tensor in message.tensors):
                 oldest = max(message.batch - self._num_in_flight - 3, 0)  # those in flight may run again
@@ -131,7 +131,7 @@ class Feed:
             if ends:
                 break
             form, tensors = split(batch)
-            self.ends = self.ends or self._is_end_due()
+            self.ending |= self._ending_due()
             copies = [t.detach().cpu().clone() for t in tensors]  # the step may change them
             self._send(copies, _pickled(form), key)
             yield batch
@@ -139,8 +139,7 @@ class Feed:
 
     def _send(self, tensors: list[torch.Tensor], extra: bytes, key: int) -> None:
         for stage, share in self._lender.share(self._num_messages, key, tensors).items():
-            wishes = Wish.TERMINATE if self.ends else 0
-            self._transport.send(DATA, stage, Message(self._num_messages, wishes, share, extra=extra))
+            self._transport.send(DATA, stage, Message(self._num_messages, self.ending, share, extra=extra))
         self._num_messages += 1
 
     def _receive(self) -> Message:

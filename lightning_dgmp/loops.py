@@ -81,12 +81,9 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
         """Ask all stages to end instead of ending this one, and end when all do."""
         runner = self._strategy.runner
         if runner is not None:
-            if self._strategy.signals.wants_to_end:
-                runner.request(Wish.TERMINATE)
-            elif self.trainer.should_stop:
-                runner.request(Wish.END)
+            runner.request(self._strategy.signals.wishes_to_end)
             self.trainer.should_stop = bool(runner.ending)
-            self.trainer._signal_connector.received_sigterm = Wish.TERMINATE in runner.ending
+            self._strategy.signals.grant(runner.ending)
 
     @override
     def on_run_start(self, data_fetcher: Any) -> None:
@@ -218,6 +215,11 @@ class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
 
 
 class _DelayedFitLoop(_WithStrategy, _FitLoop):
+    @override
+    def run(self) -> None:
+        with self._strategy.signals.heeding_interrupts() if self._strategy.has_feed else nullcontext():
+            super().run()
+
     @property
     @override
     def skip(self) -> bool:
@@ -236,11 +238,14 @@ class _DelayedFitLoop(_WithStrategy, _FitLoop):
         self._strategy.learned.share_state()
         self._strategy.learned.share_results()
         super().on_advance_end()
-        # All stages are here anyway: what a hook wants on one of them need not travel.
+        # All stages are here anyway: what a hook or a signal wants on one of them need not travel.
         runner = self._strategy.runner
-        if runner is not None and self._strategy.reduce_boolean_decision(self.trainer.should_stop, all=False):
-            runner.ending |= Wish.END
-            self.trainer.should_stop = True
+        if runner is not None:
+            runner.ending |= self._strategy.signals.all_wishes_to_end()
+            self.trainer.should_stop = bool(runner.ending)
+            self._strategy.signals.grant(runner.ending)
+            if self.trainer.received_sigterm:  # Lightning has looked already
+                raise SIGTERMException
 
     @override
     def on_run_end(self) -> None:

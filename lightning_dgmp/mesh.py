@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import wraps
 from types import FrameType
@@ -245,8 +245,7 @@ class MeshStrategy(DDPStrategy):
         except RuntimeError as error:
             reason = None
             if self._world is not None and not isinstance(error, PeerError):
-                with suppress(RuntimeError):  # rank 0 is gone
-                    reason = self._world.failure()
+                reason = self._world.failure()
             if reason is None:
                 raise
             raise PeerError(reason) from error

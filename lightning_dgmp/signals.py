@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import signal
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial, reduce
+from operator import or_
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lightning_dgmp.host import Trainer
+from lightning_dgmp.host import SIGTERMException, Trainer
 from lightning_dgmp.wire import Wish
 
 if TYPE_CHECKING:
     from lightning_dgmp.data import Feed
     from lightning_dgmp.stage.runner import StageRunner
     from lightning_dgmp.strategy import DelayedMPStrategy
-    from lightning_dgmp.world import Flag
+    from lightning_dgmp.world import World
 
 __all__ = ["Signals"]
 
@@ -22,26 +25,60 @@ __all__ = ["Signals"]
 class Signals:
     """What the signals of one process ask for. Exchanges two handlers of Lightning, which run collectives.
 
-    They become wishes, which travel with the messages: SIGTERM to end, and the signal with which SLURM announces the
-    end of a job to save a checkpoint and let rank 0 requeue the job. In an evaluation nothing travels to the first
-    stage: it looks at a flag, and its decision travels with the batches of data.
+    They become wishes, which travel with the messages: SIGTERM and Ctrl-C to end, and the signal with which SLURM
+    announces the end of a job to save a checkpoint and let rank 0 requeue the job. In an evaluation nothing travels to
+    the first stage: it looks at a flag, and its decision travels with the batches of data.
 
     Args:
         trainer: Whose handlers these are.
         strategy: Knows who launched the other processes.
         feed: Brings the data.
-        flag: Is put up by who wants an evaluation to end.
+        world: All processes.
     """
 
-    def __init__(self, trainer: Trainer, strategy: DelayedMPStrategy, feed: Feed, flag: Flag) -> None:
-        self._connector = connector = trainer._signal_connector
-        self._strategy, self._feed, self._flag = strategy, feed, flag
+    def __init__(self, trainer: Trainer, strategy: DelayedMPStrategy, feed: Feed, world: World) -> None:
+        self._trainer, self._connector = trainer, (connector := trainer._signal_connector)
+        self._strategy, self._feed, self._world = strategy, feed, world
+        self._flag = flag = world.flag()  # is set by who wants an evaluation to end
         self._requeue = partial(type(connector)._slurm_sigusr_handler_fn, connector)
-        self.wants_to_end = False  # by SIGTERM
-        self._is_requeue_due = self._is_requeued = False
+        self._asked = Wish(0)  # to end, by a signal
+        self._is_interrupted = self._is_requeue_due = self._is_requeued = False
         connector._slurm_sigusr_handler_fn = self._on_requeue_signal  # type: ignore[method-assign]
         connector._sigterm_notifier_fn = self._on_sigterm  # type: ignore[method-assign]
-        feed.let_end(lambda: not trainer.training and (self.wants_to_end or flag.is_up()))
+        feed.let_end(lambda: Wish(0) if trainer.training else self._asked | Wish(flag.value()))
+
+    @property
+    def wishes_to_end(self) -> Wish:
+        """What signals and user code have asked this process for."""
+        return self._asked | Wish.END if self._trainer.should_stop else self._asked
+
+    def all_wishes_to_end(self) -> Wish:
+        """What any process was asked for. All must ask."""
+        return reduce(or_, self._world.all_gather(self.wishes_to_end, "the end of an epoch"))
+
+    def grant(self, ending: Wish) -> None:
+        """Let Lightning know how training or an evaluation ends, on all stages alike."""
+        self._connector.received_sigterm = bool(ending & (Wish.TERMINATE | Wish.INTERRUPT))
+        self._is_interrupted = Wish.INTERRUPT in ending
+
+    @contextmanager
+    def heeding_interrupts(self) -> Iterator[None]:
+        """Let the first Ctrl-C be a wish, and raise what Lightning knows of it after the batch that grants it.
+
+        A second one acts at once. Where interrupts are ignored, or have a handler of the user, that stays.
+        """
+        heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if heeds:
+            self._connector._register_signal(signal.SIGINT, self._on_interrupt)
+        try:
+            yield
+        except SIGTERMException as error:
+            if self._is_interrupted:
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            if heeds:
+                self._connector._register_signal(signal.SIGINT, signal.default_int_handler)
 
     def after_batch(self, runner: StageRunner) -> None:
         """Do what is granted for this batch, and pass on what this process was asked for."""
@@ -55,15 +92,20 @@ class Signals:
 
     def before_evaluation_batch(self) -> None:
         """Let Lightning know whether this batch is the last one, on all stages alike."""
-        if self.wants_to_end:
-            self._flag.put_up()
-        if self._feed.ends:
-            self._connector.received_sigterm = True
+        if self._asked:
+            self._flag.set(self._asked)
+        if self._feed.ending:
+            self.grant(self._feed.ending)
 
     def _on_requeue_signal(self, signum: int, _: FrameType | None) -> None:
         self._is_requeue_due = True
 
     def _on_sigterm(self, signum: int, _: FrameType | None) -> None:
-        if not self.wants_to_end and self._strategy.launcher is not None:
+        if Wish.TERMINATE not in self._asked and self._strategy.launcher is not None:
             self._strategy.launcher.kill(signal.Signals(signum))
-        self.wants_to_end = True
+        self._asked |= Wish.TERMINATE
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if Wish.INTERRUPT in self._asked:
+            signal.default_int_handler(signum, frame)
+        self._asked |= Wish.INTERRUPT

@@ -144,7 +144,7 @@ class DelayedMPStrategy(StartingStrategy):
             if self._is_pipeline:
                 assert self._world is not None
                 assert self._feed is not None
-                self.signals = Signals(trainer, self, self._feed, self._world.flag())
+                self.signals = Signals(trainer, self, self._feed, self._world)
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         if self.num_stages == 1 or is_fitting or not (self._is_pipeline or self.world_size == 1):
             super().setup(trainer)

@@ -31,8 +31,9 @@ class Wish(IntFlag):
 
     END = 1  # training
     TERMINATE = 2  # ... as after SIGTERM
-    SAVE = 4  # a checkpoint by the clock
-    REQUEUE = 8  # the job
+    INTERRUPT = 4  # ... as after Ctrl-C
+    SAVE = 8  # a checkpoint by the clock
+    REQUEUE = 16  # the job
 
 
 class Message(NamedTuple):

@@ -200,7 +200,10 @@ class World:
 
     def failure(self) -> str | None:
         """Why the first process that failed did so, if any has."""
-        return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+        try:
+            return self._store.get("failure").decode() if self._store.check(["failure"]) else None
+        except dist.DistNetworkError as error:
+            return f"Rank {self.rank} lost rank 0: {error}"
 
     def _end_at_once_if_waiting(self) -> None:
         """At the exit: destructors of torch would wait for what others never answer."""
@@ -210,7 +213,7 @@ class World:
             os._exit(1)
 
     def flag(self) -> Flag:
-        """A new flag that is down. All processes must make it."""
+        """A new flag. All processes must make it."""
         self._num_flags += 1
         return Flag(self._store, f"flag/{self._num_flags}")
 
@@ -272,19 +275,19 @@ def _value_or_error(future: Future[Any]) -> Any:
 
 
 class Flag:
-    """What any process can raise and any can look at, without waiting for each other."""
+    """A number, at first 0, that any process can set and any can look at, without waiting for each other."""
 
     def __init__(self, store: Any, key: str) -> None:
         self._store, self._key = store, key
 
-    def put_up(self) -> None:
+    def set(self, value: int) -> None:
         with contextlib.suppress(RuntimeError):  # rank 0 is gone: all will notice
-            self._store.set(self._key, b"")
+            self._store.set(self._key, str(int(value)))
 
-    def is_up(self) -> bool:
+    def value(self) -> int:
         with contextlib.suppress(RuntimeError):
-            return bool(self._store.check([self._key]))
-        return False
+            return int(self._store.get(self._key)) if self._store.check([self._key]) else 0
+        return 0
 
 
 _at_exit: list[Callable[[], None]] = []  # of the newest world, for which all have left the others

@@ -102,6 +102,31 @@ def test_a_guarded_collective_may_end_after_a_failure(pool: WorkerPool) -> None:
     assert pool.run(average_and_fail, 2) == [3.0, 3.0]
 
 
+class _Lost:
+    """Stands for the store of a rank 0 that is gone."""
+
+    def check(self, keys: list[str]) -> bool:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+
+def wait_without_a_store() -> str:
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    world = World("127.0.0.1", timedelta(seconds=20))
+    world._store = _Lost()
+    with patch("lightning_dgmp.world._LAST_WORDS", 0.1):
+        never = world.guarded(torch.futures.Future(), "a test")
+        deadline = time.monotonic() + 3
+        while not never.done() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    with pytest.raises(RuntimeError) as raised:
+        never.value()
+    return str(raised.value)
+
+
+def test_the_loss_of_rank_0_ends_a_guarded_collective(pool: WorkerPool) -> None:
+    assert "Rank 0 lost rank 0: Connection reset by peer" in pool.run(wait_without_a_store, 1)[0]
+
+
 def worlds_after_each_fit() -> list[int]:
     counts = []
     for _ in range(3):

@@ -154,7 +154,7 @@ class StageRunner:
         if self.stage == 0:
             wishes, self.messages.wishes = self.messages.wishes, Wish(0)
             self.messages.granted = self.agree(wishes)
-        self.ending |= self.messages.granted & (Wish.END | Wish.TERMINATE)
+        self.ending |= self.messages.granted & (Wish.END | Wish.TERMINATE | Wish.INTERRUPT)
         self.messages.send_activations(record, has_graph=not graph_later)
         if graph_later:
             record.exits.clear()

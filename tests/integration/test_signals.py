@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dgmp import DelayedMPStrategy
+from lightning_dgmp.world import PeerError
 from tests import models
 from tests.pool import WorkerPool
 from tests.scripts import finish, start
@@ -28,15 +30,16 @@ from tests.training import fit
 
 
 class Signals(Callback):
-    """Sends a signal to its own process."""
+    """Sends a signal to its own process, once or more often."""
 
-    def __init__(self, batches: dict[int, int], signum: int) -> None:
-        self.batches, self.signum, self.steps = batches, signum, 0
+    def __init__(self, batches: dict[int, int], signum: int, times: int = 1) -> None:
+        self.batches, self.signum, self.times, self.steps = batches, signum, times, 0
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         self.steps = trainer.global_step
         if self.batches.get(trainer.global_rank) == trainer.global_step:
-            os.kill(os.getpid(), self.signum)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.signum)
 
 
 def fit_until_the_term(rank: int) -> int:
@@ -53,11 +56,49 @@ def test_a_term_to_any_process_ends_all_after_the_same_batch(pool: WorkerPool, r
     assert 9 <= steps.pop() <= 9 + 6
 
 
-class SignalsInEvaluation(Callback):
-    """Sends the signal to its own process after the second batch of ``where``, and counts batches."""
+@contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """As a process of a terminal does; those of the pool ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    def __init__(self, where: str, rank: int) -> None:
-        self.where, self.rank, self.batches = where, rank, 0
+
+def fit_until_the_interrupt(folder: str, batches: dict[int, int], times: int = 1) -> tuple[str, int, list[str]]:
+    callbacks = [Signals(batches, signal.SIGINT, times), OnExceptionCheckpoint(folder)]
+    with heeding_interrupts(), pytest.raises((SystemExit, PeerError)) as raised:
+        fit(models.MLP, models.vectors, {"num_stages": 3}, 3, callbacks=callbacks, enable_checkpointing=True)
+    return type(raised.value).__name__, callbacks[0].steps, os.listdir(folder)
+
+
+@pytest.mark.parametrize("batches", [{0: 9}, {0: 9, 1: 10, 2: 9}, {2: 9}, {1: 34}])  # of which there are 34
+def test_an_interrupt_of_any_process_ends_and_saves_after_the_same_batch(
+    pool: WorkerPool, tmp_path: Path, batches: dict[int, int]
+) -> None:
+    results = pool.run(fit_until_the_interrupt, 3, str(tmp_path), batches)
+    kind, steps, files = results[0]
+    assert results == [results[0]] * 3
+    assert (kind, files) == ("SystemExit", ["on_exception.ckpt"])  # which is what Lightning makes of an interrupt
+    assert min(batches.values()) <= steps <= min(batches.values()) + 6
+    checkpoint = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps
+    assert not any(value.isnan().any() for value in checkpoint["state_dict"].values())
+
+
+def test_a_second_interrupt_ends_at_once(pool: WorkerPool, tmp_path: Path) -> None:
+    results = pool.run(fit_until_the_interrupt, 3, str(tmp_path), {0: 9}, 2)
+    assert results[0] == ("SystemExit", 9, [])
+    assert [kind for kind, _, _ in results[1:]] == ["PeerError"] * 2
+
+
+class SignalsInEvaluation(Callback):
+    """Sends a signal to its own process after the second batch of ``where``, and counts batches."""
+
+    def __init__(self, where: str, rank: int, signum: int) -> None:
+        self.where, self.rank, self.signum, self.batches = where, rank, signum, 0
 
     def after_batch(self, trainer: Trainer, *args: Any) -> None:
         if trainer.state.stage is None or self.where != trainer.state.stage.value:
@@ -65,7 +106,7 @@ class SignalsInEvaluation(Callback):
         self.batches += 1
         time.sleep(0.01)
         if self.batches == 2 and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.signum)
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = after_batch
 
@@ -78,34 +119,38 @@ class Evaluated(models.ValidatedMLP):
         return self(batch[0])
 
 
-def evaluate_until_the_term(function: str, where: str, rank: int, folder: str) -> tuple[int, list[str]]:
-    callbacks = [SignalsInEvaluation(where, rank), OnExceptionCheckpoint(folder)]
+def evaluate_until_the_signal(function: str, where: str, rank: int, folder: str, signum: int) -> tuple[int, list[str]]:
+    callbacks = [SignalsInEvaluation(where, rank, signum), OnExceptionCheckpoint(folder)]
     trainer = Trainer(
         accelerator="cpu", devices=3, strategy=DelayedMPStrategy(), max_epochs=1, limit_train_batches=4, logger=False,
         callbacks=callbacks, enable_checkpointing=True, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=-1 if where == "sanity_check" else 0,
     )  # fmt: skip
     loaders = [models.vectors(16, 8), models.vectors(800, 8)]
-    with pytest.raises(SIGTERMException), patch.object(OnExceptionCheckpoint, "teardown"):  # which removes the file
+    ending = SIGTERMException if signum == signal.SIGTERM else SystemExit
+    keeping = patch.object(OnExceptionCheckpoint, "teardown")  # which removes the file
+    with heeding_interrupts(), pytest.raises(ending) as raised, keeping:
         trainer.fit(Evaluated(), *loaders) if function == "fit" else getattr(trainer, function)(Evaluated(), loaders[1])
+    assert type(raised.value) is ending
     return callbacks[0].batches, os.listdir(folder)
 
 
 @pytest.mark.parametrize(
-    ("function", "where", "ranks"),
+    ("function", "where", "ranks", "signum"),
     [
-        ("fit", "sanity_check", [2]),
-        ("fit", "validate", [1]),
-        ("validate", "validate", [2]),
-        ("test", "test", [0, 1]),
-        ("predict", "predict", [0, 2]),
+        ("fit", "sanity_check", [2], signal.SIGTERM),
+        ("fit", "validate", [1], signal.SIGTERM),
+        ("fit", "validate", [2], signal.SIGINT),
+        ("validate", "validate", [2], signal.SIGTERM),
+        ("test", "test", [0, 1], signal.SIGTERM),
+        ("predict", "predict", [0, 2], signal.SIGTERM),
     ],
 )
-def test_a_term_in_an_evaluation_ends_all_after_the_same_batch(
-    pool: WorkerPool, tmp_path: Path, function: str, where: str, ranks: list[int]
+def test_a_signal_in_an_evaluation_ends_all_after_the_same_batch(
+    pool: WorkerPool, tmp_path: Path, function: str, where: str, ranks: list[int], signum: int
 ) -> None:
     for rank in ranks:
-        results = pool.run(evaluate_until_the_term, 3, function, where, rank, str(tmp_path), timeout=30)
+        results = pool.run(evaluate_until_the_signal, 3, function, where, rank, str(tmp_path), signum, timeout=30)
         assert results[1:] == results[:-1]
         assert 2 <= results[0][0] <= 2 + 20
         assert results[0][1] == ["on_exception.ckpt"]
@@ -141,6 +186,7 @@ def test_a_job_is_saved_and_requeued_once(pool: WorkerPool, tmp_path: Path, batc
 SCRIPT = """
 import os, sys, time
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 import lightning_dgmp
 from tests import models
 
@@ -159,10 +205,13 @@ class Ready(Callback):
 
     on_test_batch_end = on_train_batch_end
 
+    def on_exception(self, trainer, *args):
+        open(os.path.join(sys.argv[1], f"end{trainer.global_rank}"), "w").write(str(trainer.global_step))
+
 if __name__ == "__main__":
     trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="delayed_mp", max_epochs=100, logger=False, callbacks=[Ready()],
-        enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", devices=2, strategy="delayed_mp", max_epochs=100, logger=False, enable_progress_bar=False,
+        callbacks=[Ready(), OnExceptionCheckpoint(sys.argv[1])],
     )
     try:
         getattr(trainer, sys.argv[2])(Model(), models.vectors(8000))
@@ -204,7 +253,9 @@ def send(folder: Path, function: str, whom: str, signum: int) -> str:
 
 @pytest.mark.parametrize("whom", ["all", "0", "1"])
 def test_an_interrupt_ends_all(tmp_path: Path, whom: str) -> None:
-    assert "KeyboardInterrupt" in send(tmp_path, "fit", whom, signal.SIGINT)
+    assert "Detected KeyboardInterrupt" in send(tmp_path, "fit", whom, signal.SIGINT)
+    assert (tmp_path / "end0").read_text() == (tmp_path / "end1").read_text()
+    assert (tmp_path / "on_exception.ckpt").exists()
 
 
 @pytest.mark.parametrize("whom", ["0", "1"])
