@@ -47,7 +47,7 @@ class StageCost:
     Attributes:
         forward: Its forward.
         backward: Its whole backward.
-        update: The step of the optimizer.
+        update: The step of the optimizer, and what else is done once a batch, as hooks and logging.
         nbytes: What it sends to the next stage; as much comes back as errors.
         weights: The share of the backward that makes gradients of weights.
 

@@ -93,7 +93,7 @@ class Spent(NamedTuple):
         cpu: Seconds of processor time, all threads of the process together; the median over the batches.
         thread: Seconds of processor time of the training thread; the median over the batches.
         cuts: The first module of each stage, if a plan was made.
-        busy: Seconds of forward, backward and update a batch, if this is a stage.
+        busy: Seconds of forward, of backward, and of update, hooks and logging a batch, if this is a stage.
     """
 
     wall: float
@@ -246,7 +246,8 @@ class _Stopwatch(Callback):
         self.tick()
         clock = getattr(trainer.strategy, "clock", None)
         if clock is not None and len(self.times) >= self.warmup:
-            seconds, _ = clock.take()
+            seconds, total = clock.take()
+            seconds["other"] = total - sum(seconds.values())
             so_far = self.busy or dict.fromkeys(seconds, 0.0)
             is_warm = len(self.times) > self.warmup
             self.busy = {kind: so_far[kind] + is_warm * value for kind, value in seconds.items()}
@@ -258,7 +259,8 @@ class _Stopwatch(Callback):
         _, cpu, thread = (median(column) for column in zip(*steps))
         busy = None
         if self.busy is not None:
-            busy = tuple(self.busy[kind] / batches for kind in ("forward", "backward", "update"))
+            forward, backward, *rest = (self.busy[k] / batches for k in ("forward", "backward", "update", "other"))
+            busy = forward, backward, sum(rest)
         return Spent((times[-1][0] - times[0][0]) / batches, cpu, thread, busy=busy)
 
 
