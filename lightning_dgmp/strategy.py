@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -43,6 +44,11 @@ from lightning_dgmp.support import check_arguments, check_optimizers, check_supp
 __all__ = ["DelayedMPStrategy"]
 
 _Scaler = TypeVar("_Scaler", bound=GradScaler)
+
+_ONCE = (
+    "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but its closure was called again for"
+    " the same batch. Use a first-order optimizer, and call the closure once in `optimizer_step`."
+)
 
 
 class DelayedMPStrategy(StartingStrategy):
@@ -190,11 +196,7 @@ class DelayedMPStrategy(StartingStrategy):
         if self.num_stages > 1:
             self._num_steps += 1
             if self._num_steps > 1:
-                raise MisconfigurationException(
-                    "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but its closure was"
-                    " called again for the same batch. Use a first-order optimizer, and call the closure once in"
-                    " `optimizer_step`."
-                )
+                raise MisconfigurationException(_ONCE)
         module = self.lightning_module
         assert module is not None
         self._num_since_flush += not self._is_synchronous
@@ -275,15 +277,21 @@ class DelayedMPStrategy(StartingStrategy):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         module = self.lightning_module
         assert module is not None
-        result = closure()
+        result, calls = closure(), count()
+
+        def closure_of_result() -> Any:
+            if next(calls):
+                raise MisconfigurationException(_ONCE)
+            return result
+
         exchange = partial(self._exchange_shared, optimizer)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             with self.measuring("update", runner.num_forwards - 1), after_clipping(module, exchange):
-                return super().optimizer_step(optimizer, lambda: result, model, **kwargs)
+                return super().optimizer_step(optimizer, closure_of_result, model, **kwargs)
         # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
         # not cope with that, and a scheduler wants to see it.
         exchange()
-        optimizer.step(lambda: result)
+        optimizer.step(closure_of_result)
         scaler = getattr(self.precision_plugin, "scaler", None)
         if isinstance(scaler, StageGradScaler) and runner.has_run_backward:
             scaler.update_without_gradients(optimizer)

@@ -157,6 +157,22 @@ class ClosureTwice(models.MLP):
         optimizer.step(closure=optimizer_closure)
 
 
+class SharpnessAware(torch.optim.SGD):
+    """As those that step to the worst point nearby first (Foret et al., ICLR 2021)."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        closure()
+        super().step()
+        loss = closure()
+        super().step()
+        return loss
+
+
+class IsSharpnessAware(models.MLP):
+    def configure_optimizers(self) -> Any:
+        return SharpnessAware(self.parameters(), lr=0.1)
+
+
 class ReturnsNone(models.MLP):
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         self.loss(batch)
@@ -234,6 +250,7 @@ class Explodes(models.MLP):
         (Manual, ["needs automatic optimization", "`Manual.automatic_optimization` is False", "Return the loss"]),
         (TwoOptimizers, ["needs a single optimizer", "returned several", "parameter groups"]),
         (SecondOrder, ["evaluates each batch once", "`LBFGS`", "first-order"]),
+        (IsSharpnessAware, ["closure was called again for the same batch", "first-order"]),
         (ClosureTwice, ["closure was called again for the same batch", "first-order"]),
         (ReturnsNone, ["`training_step` must return a loss on every batch, but it returned None"]),
         (SometimesNone, ["`training_step` must return a loss on every batch, but it returned None"]),
