@@ -46,8 +46,8 @@ class GhostRead(BaseException):
     Not an :class:`Exception`, so that ``except Exception`` in user code does not swallow it.
     """
 
-    def __init__(self, ghost: Ghost, what: str) -> None:
-        super().__init__(f"`{what}` reads the value of {ghost.describe()}")
+    def __init__(self, ghost: Ghost, what: str, why: str = "") -> None:
+        super().__init__(f"`{what}` reads the value of {ghost.describe()}{why}")
         self.ghost = ghost
         self.what = what
 

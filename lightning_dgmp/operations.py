@@ -197,11 +197,12 @@ class GhostMode:
                 f" {target.dtype} was assigned {inputs[0].describe()}. Assign the attribute itself."
             )
         if not shares_memory(target, self.written_over()):
-            raise GhostError(
-                f"`{'.data' if name == '__set__' else name}` writes {inputs[0].describe()} in place into a tensor that"
-                " does not come from the model. A stage that does not own the value cannot do that: make that tensor"
-                " from one of the model, as by `x.new_zeros(...)`, or build the result with `torch.cat`, `torch.stack`"
-                " or `torch.where`."
+            raise GhostRead(
+                inputs[0],
+                ".data" if name == "__set__" else name,
+                " to write it into a tensor that does not come from the model, which a stage without the value cannot:"
+                " make that tensor from one of the model, as by `x.new_zeros(...)`, or build the result with"
+                " `torch.cat`, `torch.stack`, `torch.where` or `total = total + part`",
             )
         self.ignore_write(inputs, target)
 

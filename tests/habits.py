@@ -270,7 +270,7 @@ class CarriesStates(ThreeBlocks):
 
 
 class CutsStatesOff(CarriesStates):
-    """Keeps states as they come, and detaches them at the start of the next step."""
+    """At the start of the next step."""
 
     def features(self, x: Tensor) -> Tensor:
         if self.states is None or self.pair[1].shape[1] != len(x):

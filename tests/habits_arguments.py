@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tests.habits import Block, ThreeBlocks
 
@@ -169,6 +170,19 @@ class ReadsAGlobal(CountsRows):
         return rows
 
 
+class SumsLosses(ThreeBlocks):
+    """In a tensor of the step's own, into which it writes."""
+
+    def loss(self, batch: Any) -> Tensor:
+        total, predictions = torch.tensor(0.0), torch.zeros(len(batch[1]), 4)
+        logits = self.out(self.features(batch[0]))
+        total += F.cross_entropy(logits, batch[1])
+        predictions[:] = logits.detach()
+        self.log("spread", predictions.std())
+        return total
+
+
 HABITS_WITH_ARGUMENTS: list[Callable[..., Any]] = [
     CountsInObjects, ChangesADataclass, KeepsActivationsInAnObject, TakesAGraph, SelectsRows, Resizes,
+    SumsLosses,
 ]  # fmt: skip
