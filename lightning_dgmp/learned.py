@@ -175,7 +175,7 @@ def put_attributes(root: nn.Module, attributes: Mapping[Key, Any]) -> None:
         (vars(of_module[name]) if inner else of_module)[inner or name] = value
 
 
-class _Identity:
+class _Itself:
     """Of a tensor, whose ``id`` another one may have later."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -183,14 +183,14 @@ class _Identity:
 
     def __eq__(self, other: object) -> bool:
         tensor = self._tensor()
-        return tensor is not None and isinstance(other, _Identity) and tensor is other._tensor()
+        return tensor is not None and isinstance(other, _Itself) and tensor is other._tensor()
 
     __hash__ = None  # type: ignore[assignment]
 
 
 def _look(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _Identity(value), None if value.is_inference() else value._version
+        return _Itself(value), None if value.is_inference() else value._version
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
         return type(value), repr(value) if isinstance(value, float) else value  # a NaN is itself
     return id(value), len(value) if isinstance(value, (list, dict, set, deque)) else 0

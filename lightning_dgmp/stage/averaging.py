@@ -167,8 +167,8 @@ class Averaging:
         if self._group.rank() == 0:
             return
         is_sent, *received = together.split([len(fits), *map(len, contents)])
-        for buffer, sent, new, old in zip(self._buffers, is_sent.bool(), received, contents):
-            if buffer.fits():
+        for buffer, does_fit, sent, new, old in zip(self._buffers, fits, is_sent.bool(), received, contents):
+            if does_fit:
                 buffer.put(torch.where(sent, new, old))  # to ask whether it was sent would wait for the device
 
 

@@ -217,9 +217,8 @@ def test_replicas_equal_virtual_stages(
     virtual = {key: value for key, value in options.items() if key != "backward"}
     expected = fit_on(pool, num_stages, 2, module, loader, virtual=True, strategy=virtual, **args)
     for replica in range(2):
-        if (
-            name not in ("norms", "moving averages") or replica == 0
-        ):  # of the others the statistics are not those of the first one
+        # Of the others the statistics are not those of the first one.
+        if name not in ("norms", "moving averages") or replica == 0:
             assert_equal(ours[replica * num_stages], expected[replica], TOLERANCE)
 
 

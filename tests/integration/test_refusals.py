@@ -151,6 +151,18 @@ class SecondOrder(models.MLP):
         return torch.optim.LBFGS(self.parameters())
 
 
+class GoesBack(models.MLP):
+    """A layer with statistics of its own runs again on what later layers have made of its first result."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.again = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.last(self.again(torch.tanh(self.middle(self.again(batch[0]))))), batch[1])
+
+
 class ClosureTwice(models.MLP):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         optimizer_closure()
@@ -261,6 +273,11 @@ class Explodes(models.MLP):
 )
 def test_steps(pool: WorkerPool, module: type[LightningModule], texts: list[str]) -> None:
     assert_all_say(failures(pool, 2, module), *texts)
+
+
+def test_a_value_that_would_have_to_travel_back(pool: WorkerPool) -> None:
+    results = failures(pool, 4, GoesBack)
+    assert_all_say(results, "can be cut in 2 places", "between calls of `again.1`, which changes its buffers", "change")
 
 
 def test_reading_a_value_that_did_not_travel(pool: WorkerPool) -> None:
