@@ -30,15 +30,11 @@ from lightning_dgmp.ghost import Ghost, GhostError, GhostRead, left_behind
 from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
 from lightning_dgmp.objects import modules_beside
 from lightning_dgmp.operations import GhostMode, Result, shares_memory
+from lightning_dgmp.plan.changes import Kept, Toggles
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
 
 __all__ = ["trace_step"]
-
-_INTERNAL = {*vars(nn.Module()), "_compiled_call_impl"}
-_MAX_ITEMS = 100  # of a container that is looked into
-_CONSTANT = {bool, int, float, str, type(None)}
-_SIMPLE = (bool, int, float, str, type(None), Tensor, tuple)
 
 
 def trace_step(
@@ -103,7 +99,7 @@ class _Tracer(GhostMode):
         self._name_of = {id(ghost): name for name, ghost in self.ghosts.items()}
         self._views: list[list[Ghost]] = []  # of parameters, which count as these; held, so that no other has their id
         self._name_of_storage = {ghost.storage_id: name for name, ghost in self.ghosts.items()}
-        self._root, self._toggles, self._kept = root, _Toggles(root), _Kept(root)
+        self._root, self._toggles, self._kept = root, Toggles(root), Kept(root)
         for ghost in self.ghosts.values():
             ghost._is_param = True  # type: ignore[attr-defined]
         # Also what metrics count in; all of it is put back after the trace.
@@ -306,71 +302,6 @@ class _Tracer(GhostMode):
 
 def _is_user(frame: traceback.FrameSummary) -> bool:
     return not any(part in frame.filename for part in ("/lightning_dgmp/", "/torch/", "<frozen"))
-
-
-class _Toggles:
-    """Which plain attributes of modules a step changes and changes back, as in ``net.eval(); ...; net.train()``."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._before = [
-            (path, module.__dict__, {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))})
-            for path, module in root.named_modules()
-        ]
-        self._seen: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {}
-
-    def look(self) -> None:
-        """Note what differs now."""
-        for path, attributes, before in self._before:
-            for name, value in before.items():
-                if attributes.get(name) != value:
-                    self._seen[path, name] = attributes, value
-
-    def changed_back(self, is_incomplete: bool) -> list[tuple[str, str]]:
-        """Those that are as before again; of a step whose end is unknown, those of which that is likely."""
-        if is_incomplete:
-            return [key for key in self._seen if key[1] == "training"]
-        return [key for key, (attributes, value) in self._seen.items() if attributes.get(key[1]) == value]
-
-
-class _Kept:
-    """The attributes of modules that a step sets anew; not what is in containers, which collect results."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._last: dict[int, dict[str, Any]] = {}
-        for module in root.modules():
-            self.have_changed(module)
-
-    def have_changed(self, module: nn.Module) -> bool:
-        """Whether those of ``module`` have changed since the last look."""
-        values = {name: v for name, v in vars(module).items() if name not in _INTERNAL and not callable(v)}
-        last = self._last.get(id(module), {})
-        self._last[id(module)] = {name: _marks(value) for name, value in values.items()}
-        return last.keys() != values.keys() or any(_is_set_anew(last[name], v) for name, v in values.items())
-
-
-def _marks(value: Any, depth: int = 2) -> Any:
-    if type(value) in _CONSTANT:
-        return value
-    if isinstance(value, (dict, list)) and depth and len(value) <= _MAX_ITEMS:
-        if isinstance(value, dict):
-            return {key: _marks(item, depth - 1) for key, item in value.items()}
-        return [_marks(item, depth - 1) for item in value]
-    return marks(value) if isinstance(value, _SIMPLE) else value
-
-
-def _is_set_anew(last: Any, value: Any) -> bool:
-    """Whether a value has changed, but for what lists have got in addition: they collect results."""
-    if type(value) in _CONSTANT:
-        return type(last) is not type(value) or (last is not value and last != value)
-    if isinstance(value, dict) and last is not value:
-        known = isinstance(last, dict) and last.keys() == value.keys()
-        return not known or any(_is_set_anew(last[key], item) for key, item in value.items())
-    if isinstance(value, list) and last is not value:
-        known = isinstance(last, list) and len(last) <= len(value)
-        return not known or any(_is_set_anew(a, b) for a, b in zip(last, value))
-    if isinstance(value, _SIMPLE):
-        return not isinstance(last, list) or not is_same(last, value)
-    return last is not value
 
 
 class _Checkpoints:
