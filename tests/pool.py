@@ -38,14 +38,9 @@ class Failure:
 
 
 class WorkerPool:
-    """Processes that run functions as the ranks of a world of any size up to theirs.
+    """Processes that run functions as the ranks of a world of any size up to theirs."""
 
-    Args:
-        context: How they are started.
-    """
-
-    def __init__(self, context: Any = CONTEXT) -> None:
-        self._context = context
+    def __init__(self) -> None:
         self._workers: list[_Worker] = []
 
     def run(
@@ -66,7 +61,7 @@ class WorkerPool:
     ) -> list[Any]:
         """As :meth:`run`, with a :class:`Failure` in the place of each result that is missing because of an error."""
         while len(self._workers) < world_size:
-            self._workers.append(_Worker(self._context))
+            self._workers.append(_Worker())
         workers = self._workers[:world_size]
         for worker in workers:
             worker.wait_until_ready()
@@ -112,10 +107,10 @@ class WorkerPool:
 
 
 class _Worker:
-    def __init__(self, context: Any) -> None:
-        self.pipe, theirs = context.Pipe()
+    def __init__(self) -> None:
+        self.pipe, theirs = CONTEXT.Pipe()
         self.log = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
-        self.process = context.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
+        self.process = CONTEXT.Process(target=_work, args=(theirs, self.log.name))  # not a daemon: it may have children
         self.process.start()
         theirs.close()
         self.replace_later = self._is_ready = False
