@@ -171,7 +171,7 @@ class GhostMode:
         def wrap(fake: Tensor) -> Ghost:
             ghost, number = fakes.get(id(fake)), next(numbers)
             if ghost is None:
-                differentiable = fake.is_floating_point() or fake.is_complex()
+                differentiable = fake.dtype.is_floating_point or fake.dtype.is_complex  # asking it would dispatch
                 requires_grad = needs_grad and differentiable
                 ghost = Ghost(fake, self, latest.origin, requires_grad, latest.stage)  # type: ignore[arg-type]
                 ghost.storage_id = shared.setdefault(number, ghost.storage_id)

@@ -245,6 +245,8 @@ class Arriving(NamedTuple):
 def _dense(tensor: Tensor) -> Tensor:
     """``tensor`` without gaps in memory, its dimensions in the order that they have there."""
     tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_contiguous():
+        return tensor
     order = _order(tensor)
     ordered = tensor.permute(order)
     return tensor if ordered.is_contiguous() else ordered.contiguous().permute(_inverse(order))
