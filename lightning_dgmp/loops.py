@@ -90,7 +90,7 @@ class _DelayedEpochLoop(_WithStrategy, _TrainingEpochLoop):
         epoch = self.trainer.current_epoch
         if epoch > 0:  # the loader's first iterator exists already
             self._strategy.align_randomness(epoch)
-            resumes = self.restarting or getattr(self.trainer.fit_loop, "is_resuming", False)  # new in Lightning 2.6
+            resumes = self.restarting or self.trainer.fit_loop.is_resuming
             if resumes and self.batch_progress.current.ready == 0:
                 iter(data_fetcher)  # between epochs the data begin as in a run that has gone on
         super().on_run_start(data_fetcher)

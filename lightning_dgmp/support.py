@@ -26,9 +26,7 @@ from lightning_dgmp.host import (
     is_overridden,
 )
 
-# `WeightAveraging` is new in Lightning 2.6
-_NAMES = ("StochasticWeightAveraging", "WeightAveraging")
-_AVERAGING = tuple(getattr(callbacks, name) for name in _NAMES if hasattr(callbacks, name))
+_AVERAGING = callbacks.StochasticWeightAveraging, callbacks.WeightAveraging
 _PRECISIONS = BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision
 
 __all__ = ["check_arguments", "check_devices", "check_optimizers", "check_supported"]

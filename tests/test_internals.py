@@ -59,11 +59,8 @@ def test_the_loops_have_what_is_overridden() -> None:
         assert all(hasattr(theirs, name) for name in names), names
     advance = inspect.getsource(_TrainingEpochLoop.advance)
     collectives = [word for word in ("broadcast", "barrier", "all_reduce", "reduce(") if word in advance]
-    if hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor"):  # Lightning 2.6
-        assert collectives == ["broadcast"], "there is a new synchronisation in every batch"
-        assert advance.count("broadcast") == advance.count("_broadcast_sigterm_tensor") == 1
-    else:
-        assert not collectives
+    assert collectives == ["broadcast"], "there is a new synchronisation in every batch"
+    assert advance.count("broadcast") == advance.count("_broadcast_sigterm_tensor") == 1
 
 
 def test_the_loops_take_over_all_state() -> None:
