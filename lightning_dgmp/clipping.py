@@ -16,9 +16,20 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_dgmp.host import LightningModule, MisconfigurationException, is_overridden
+from lightning_dgmp.host import Callback, LightningModule, MisconfigurationException, is_overridden
 
-__all__ = ["Part", "after_clipping", "clip_by_total_norm", "clips_by_norm", "norm_of", "updated_by"]
+__all__ = [
+    "Part",
+    "after_clipping",
+    "clip_by_total_norm",
+    "clips_by_norm",
+    "hooks_see_gradients",
+    "norm_of",
+    "updated_by",
+]
+
+_HOOKS = "on_after_backward", "on_before_optimizer_step"  # of callbacks too
+_HOOKS_OF_MODULE = (*_HOOKS, "configure_gradient_clipping", "optimizer_step")
 
 
 _ONLY_ALL = (
@@ -45,8 +56,15 @@ def clips_by_norm(module: LightningModule) -> bool:
     """Whether gradients are, or may be, clipped by norm."""
     trainer = module.trainer
     by_norm = str(trainer.gradient_clip_algorithm or "norm").lower().endswith("norm")
-    hooks = "configure_gradient_clipping", "on_before_optimizer_step", "on_after_backward", "optimizer_step"
-    return bool(trainer.gradient_clip_val and by_norm) or any(is_overridden(hook, module) for hook in hooks)
+    return bool(trainer.gradient_clip_val and by_norm) or any(is_overridden(hook, module) for hook in _HOOKS_OF_MODULE)
+
+
+def hooks_see_gradients(module: LightningModule) -> bool:
+    """Whether there are hooks between the backward and clipping, which may change gradients."""
+    callbacks: list[Callback] = module.trainer.callbacks  # type: ignore[attr-defined]
+    return any(is_overridden(hook, module) for hook in _HOOKS_OF_MODULE) or any(
+        is_overridden(hook, callback, Callback) for callback in callbacks for hook in _HOOKS
+    )
 
 
 def updated_by(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -83,6 +83,12 @@ class StageGradScaler(_DelayedGradScaler):
         super().__init__(scaler)
         self._is_owner, self._copies = is_owner, copies
 
+    @property
+    def scale_now(self) -> Tensor | None:
+        """By what the gradients are scaled now; ``None`` once the scale is removed."""
+        states = [state["stage"] for state in self._per_optimizer_states.values()]
+        return self.scale_here if all(stage is type(stage).READY for stage in states) else None
+
     def use(self, scale: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """Take over the ``scale`` of the next backward; gradients that wait for more get it too."""
         grads, factor = [p.grad for p in parameters if p.grad is not None], scale / self.scale_here

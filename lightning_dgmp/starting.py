@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.calls import ParameterSlots
-from lightning_dgmp.clipping import clip_by_total_norm, clips_by_norm
+from lightning_dgmp.clipping import clip_by_total_norm, clips_by_norm, hooks_see_gradients
 from lightning_dgmp.evaluating import EvaluatingStrategy
 from lightning_dgmp.host import (
     LightningModule,
@@ -172,7 +172,8 @@ class StartingStrategy(EvaluatingStrategy):
                 f" `data_parallel_size={self.data_parallel_size}` and `precision="
                 f"{self.precision_plugin.precision!r}`. Use `tied='aligned'`, or one device and another precision."
             )
-        self._virtual_stages = VirtualStages(queues, notes, virtual_scaler, sides, slots, self._watch_updates(slots))
+        updates, is_late = self._watch_updates(slots), hooks_see_gradients(module)
+        self._virtual_stages = VirtualStages(queues, notes, virtual_scaler, sides, slots, updates, is_late)
 
     def _begin_stage(
         self,
@@ -200,8 +201,12 @@ class StartingStrategy(EvaluatingStrategy):
         runner.updates = self._watch_updates(runner.slots)
         copies = [] if runner.messages.shared is None else list(runner.messages.shared.copies.values())
         scaler = self._exchange_scaler(lambda scaler: StageGradScaler(scaler, runner.is_last, copies))
-        if clips_by_norm(module) or scaler is not None:
-            runner.messages.notes = StageNotes(self.stage, squares, clips_by_norm(module), scaler)
+        takes_norms = clips_by_norm(module)
+        if takes_norms or scaler is not None:
+            sees = takes_norms and hooks_see_gradients(module)  # a process may have callbacks of its own
+            late = transport if any(world.all_gather(sees, "which hooks see gradients")) else None
+            gradients = runner.updated_gradients
+            runner.messages.notes = StageNotes(self.stage, squares, gradients, takes_norms, scaler, late)
         if self.data_parallel_size > 1:
             group = self.device_mesh.get_group("replica")
             wait = self.wait_among_replicas

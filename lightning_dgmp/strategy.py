@@ -272,11 +272,12 @@ class DelayedMPStrategy(StartingStrategy):
         model: Any = None,
         **kwargs: Any,
     ) -> Any:
-        runner = self.runner
-        if runner is None:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
         module = self.lightning_module
         assert module is not None
+        runner, virtual = self.runner, self._virtual_stages
+        if runner is None:
+            with nullcontext() if virtual is None else after_clipping(module, virtual.tell_norms):
+                return super().optimizer_step(optimizer, closure, model, **kwargs)
         result, calls = closure(), count()
 
         def closure_of_result() -> Any:
@@ -299,6 +300,7 @@ class DelayedMPStrategy(StartingStrategy):
 
     def _exchange_shared(self, optimizer: Optimizer) -> None:
         assert self.runner is not None
+        self.runner.messages.tell_norms()
         if self.runner.messages.shared is not None:
             scaler = getattr(self.precision_plugin, "scaler", None)
             is_skipped = isinstance(scaler, StageGradScaler) and scaler.has_overflowed(optimizer)

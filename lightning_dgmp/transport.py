@@ -8,7 +8,8 @@ ahead and one that sends, so that the training thread waits only for what is not
 
 Messages describe themselves: a header of integers (kind, batch, flags, shapes), then the tensors. A third direction
 brings the batches of data from stage 0 to all others, two more let these ask it for more of them, one brings the
-gradients of parameters that live on several stages, and a last one brings reports to the last stage.
+gradients of parameters that live on several stages, one reports to the last stage, and one norms of gradients back that
+hooks may change.
 
 With gloo, tensors of an accelerator travel through pinned host memory, so several stages can share one device. With
 NCCL the headers still go over gloo and the tensors straight from device to device, one communicator a pair and
@@ -38,7 +39,18 @@ from lightning_dgmp.timing import Clock, Kind
 from lightning_dgmp.wire import ABORT, CLOSE, Arriving, Broken, Message, Staged, Wire
 from lightning_dgmp.world import PeerError
 
-__all__ = ["ACTIVATIONS", "DATA", "ERRORS", "REPORTS", "REQUESTS", "SHARED", "Peer", "Transport", "group_of_channels"]
+__all__ = [
+    "ACTIVATIONS",
+    "DATA",
+    "ERRORS",
+    "NORMS",
+    "REPORTS",
+    "REQUESTS",
+    "SHARED",
+    "Peer",
+    "Transport",
+    "group_of_channels",
+]
 
 ACTIVATIONS = "activations"
 ERRORS = "errors"
@@ -46,8 +58,9 @@ DATA = "data"
 REQUESTS = "requests"
 SHARED = "gradients of shared parameters"
 REPORTS = "reports"
+NORMS = "norms of gradients"
 _REPLIES = "replies"
-_DIRECTIONS = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES, SHARED, REPORTS)
+_DIRECTIONS = (ACTIVATIONS, ERRORS, DATA, REQUESTS, _REPLIES, SHARED, REPORTS, NORMS)
 _WAITS: dict[str, Kind] = {ACTIVATIONS: "wait_activation", DATA: "wait_data", _REPLIES: "wait_data"}
 
 _FOREVER = timedelta(days=365)
@@ -123,7 +136,7 @@ class Transport:
         self._out: dict[tuple[str, int], _Outbox] = {}
         self._retired: list[_Inbox | _Outbox] = []  # channels that faster ones have replaced
         self._edges: dict[tuple[int, int], bool] = {}  # whether straight from device to device
-        self._pairs: set[tuple[int, int]] = set()  # that share parameters
+        self._pairs: set[tuple[str, int, int]] = set()  # that share parameters, or what else
         self.clock, self.bytes_sent = Clock(), 0
         for peer in self._peers[1:]:
             self._connect(DATA, self._peers[0], peer, torch.device("cpu"))
@@ -142,11 +155,11 @@ class Transport:
             self._connect(ERRORS, target, source, self._device, over_nccl)
             self._edges[edge] = over_nccl
 
-    def share(self, pairs: Iterable[tuple[int, int]]) -> None:
+    def share(self, pairs: Iterable[tuple[int, int]], direction: str = SHARED) -> None:
         """Open a channel for gradients of shared parameters from one stage to another for each pair."""
-        for source, target in sorted(set(pairs) - self._pairs):
-            self._pairs.add((source, target))
-            self._connect(SHARED, self._peers[source], self._peers[target], self._device, self._over_nccl)
+        for _, source, target in sorted({(direction, *pair) for pair in pairs} - self._pairs):
+            self._pairs.add((direction, source, target))
+            self._connect(direction, self._peers[source], self._peers[target], self._device, self._over_nccl)
 
     def collect(self, take: Callable[[int, Message], None]) -> None:
         """Let the others :meth:`send` reports to the last stage, which takes them in a thread. All must call it."""

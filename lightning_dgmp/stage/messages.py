@@ -73,6 +73,8 @@ class Messages:
                 if self.notes is not None:
                     errors.append(self.notes.to_earlier())
             self._transport.send(ERRORS, source, Message(record.batch, wishes, errors))
+        if self.notes is not None and not self.notes.are_known:  # no step follows, so nobody clips
+            self.notes.tell()
 
     def receive_errors(self, record: InFlight, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         """Wait for the errors of a batch; ``parameters`` get gradients from it.
@@ -97,6 +99,16 @@ class Messages:
                     roots.append(root)
                     errors.append(error)
         return roots, errors
+
+    def note_norms(self, is_step: bool, batch: int | None = None) -> None:
+        """Note the norm of the gradients that are there; see :meth:`StageNotes.note`."""
+        if self.notes is not None:
+            self.notes.note(is_step, batch)
+
+    def tell_norms(self) -> None:
+        """Hooks change the gradients no more."""
+        if self.notes is not None:
+            self.notes.tell()
 
     def pass_notes_on(self, batch: int) -> None:
         """Without activations: none come before ``batch``.

@@ -106,7 +106,6 @@ class StageRunner:
         self._have_trained: set[str] = set()  # what an optimizer may still have gradients of
         self._is_backward = False
         self.has_run_backward = False  # in this iteration
-        self._is_noted = False  # whether the norm of the gradients that are there is known
         self.averaging: Averaging | None = None  # if there are several replicas
         self.optimizers: Sequence[Optimizer] = ()
         self.updates: Updates | None = None  # if a remedy concerns them
@@ -138,6 +137,7 @@ class StageRunner:
         Returns:
             What ``step`` returned on the last stage, ``None`` on the others.
         """
+        self.messages.tell_norms()
         batch = self.num_forwards
         graph_later = self.mode != "stash" and self.delay > 0
         self.has_run_backward = False
@@ -224,9 +224,7 @@ class StageRunner:
             finally:
                 self._is_backward = False
         contributed = {} if shared is None else shared.take(record.parameters)
-        self._is_noted = is_step
-        if is_step:
-            self.note_norm()
+        self.messages.note_norms(is_step, record.batch)
         self.messages.send_errors(record, contributed)
 
     def _backward_from_errors(self, record: InFlight) -> None:
@@ -250,9 +248,13 @@ class StageRunner:
     def parts(self) -> list[Part]:
         """This stage's parameters, and what tells the norm of all gradients as far as it knows; none: unknown."""
         notes = self.messages.notes
-        if notes is None or not notes.takes_norms or not self._is_noted:
+        if notes is None or not notes.are_known:
             return []
         return [Part(self._updated(), notes.total_norm, notes.note_clipping)]
+
+    def updated_gradients(self) -> list[Tensor]:
+        """Those of the gradients that the optimizer uses."""
+        return [p.grad for p in self._updated() if p.grad is not None]
 
     def gradients(self) -> list[Tensor]:
         """What is ``.grad`` now."""
@@ -281,13 +283,7 @@ class StageRunner:
         elif is_step and is_open:  # without a backward that would reduce what has added up
             if self.averaging is not None:
                 self.averaging.reduce_kept()
-            self._is_noted = True
-            self.note_norm()
-
-    def note_norm(self) -> None:
-        """Let the others know the norm of this stage's gradients, with the next messages."""
-        if self.messages.notes is not None:
-            self.messages.notes.note(p.grad for p in self._updated() if p.grad is not None)
+            self.messages.note_norms(True)
 
     def begin_flush(self) -> bool:
         """Agree with the neighbours that no more forwards come for now.
@@ -301,6 +297,7 @@ class StageRunner:
         if self._flushed_at == self.num_forwards:
             return False
         self._flushed_at = self.num_forwards
+        self.messages.tell_norms()
         self.messages.pass_notes_on(self.num_forwards)
         return True
 

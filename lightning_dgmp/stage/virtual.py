@@ -37,6 +37,7 @@ class VirtualStages:
         sides: What tells their parts of shared parameters apart, if these have delays of their own.
         slots: The parameters.
         updates: What foretells the weights of forwards, if a remedy does.
+        is_late: Whether hooks may change gradients, so that norms are measured behind them.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class VirtualStages:
         sides: Sides | None = None,
         slots: ParameterSlots | None = None,
         updates: Updates | None = None,
+        is_late: bool = False,
     ) -> None:
         self._queues, self._notes, self._scaler, self._sides = queues, notes, scaler, sides
         self._slots, self._updates = slots, updates
         self._is_synchronous = self._has_run = self._is_noted = False
+        self._is_late, self._is_open = is_late, False
         self._held: dict[str, Tensor] = {}  # with what the forward has run
 
     def step(self, is_synchronous: bool) -> AbstractContextManager[None]:
@@ -59,6 +62,7 @@ class VirtualStages:
         Args:
             is_synchronous: Whether there is no delay in this iteration.
         """
+        self.tell_norms()
         self._is_synchronous = is_synchronous
         if self._sides is not None:  # which predictions do not go with
             return self._sides.step()
@@ -78,7 +82,19 @@ class VirtualStages:
         if notes is None or not self._is_noted:
             return []
         stages = enumerate(self._queues.updated())
-        return [Part(own, partial(notes.total_norm, k), partial(notes.note_clipping, k)) for k, own in stages]
+        return [Part(own, partial(self._total_norm, k), partial(notes.note_clipping, k)) for k, own in stages]
+
+    def _total_norm(self, stage: int) -> Tensor:
+        assert self._notes is not None
+        if self._is_open and stage == 0:  # the first to be asked
+            self._notes.note(self._queues.gradients())
+        return self._notes.total_norm(stage)
+
+    def tell_norms(self) -> None:
+        """Hooks change the gradients no more."""
+        if self._is_open and self._notes is not None:
+            self._notes.note(self._queues.gradients())
+        self._is_open = False
 
     def gradients(self) -> list[Tensor]:
         """What is ``.grad`` now."""
@@ -108,6 +124,7 @@ class VirtualStages:
 
     def begin_flush(self) -> bool:
         """Returns whether there is anything to flush."""
+        self.tell_norms()
         has_run, self._has_run = self._has_run, False
         if has_run:
             self._begin(self.num_in_flight)
@@ -142,9 +159,10 @@ class VirtualStages:
         if self._scaler is not None:
             self._scaler.use(queues.scales)
         if self._notes is not None:
-            self._is_noted = is_step
-            gradients = queues.gradients() if is_step else [[]] * len(queues.stages)
-            self._notes.note(gradients, queues.had_backward, self._is_synchronous)
+            self._is_noted = self._is_open = is_step
+            self._notes.end(queues.had_backward, self._is_synchronous)
+            if not self._is_late:
+                self.tell_norms()
 
 
 class GradientQueues:

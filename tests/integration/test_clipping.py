@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -182,6 +183,88 @@ def test_clipping_where_norms_are_not_known_is_refused(pool: WorkerPool, virtual
     strategy, devices = {"num_stages": 2, "virtual": virtual}, 1 if virtual else 2
     results = pool.try_run(fit_with_callback, devices, devices, strategy)
     assert all("in the LightningModule's hook `configure_gradient_clipping`" in result.message for result in results)
+
+
+class ScalesGradients(Callback):
+    """Makes the gradients larger in a hook of choice, in a way that leaves no trace in them."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.scale)
+
+    def scale(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.data *= 10
+
+
+class Scaled(ClipsInHook):
+    """Does so itself, before clipping."""
+
+    def clip(self, hook: str) -> None:
+        if hook == self.hook:
+            ScalesGradients(hook).scale(None, self)
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().configure_gradient_clipping()
+        self.clip_gradients(optimizer, *args, **kwargs)
+
+
+def fit_scaled(devices: int, strategy: Any, hook: str, by_callback: bool, args: dict[str, Any]) -> Any:
+    if by_callback:
+        return fit(models.MLP, models.vectors, strategy, devices, callbacks=[ScalesGradients(hook)], **args)
+    return fit(Scaled, models.vectors, strategy, devices, module_args={"hook": hook}, **args)
+
+
+@pytest.mark.parametrize(
+    ("hook", "by_callback", "args"),
+    [
+        ("on_after_backward", False, {}),
+        ("on_after_backward", True, {}),
+        ("on_before_optimizer_step", False, {"accumulate_grad_batches": 3}),
+        ("on_before_optimizer_step", True, {}),
+        ("configure_gradient_clipping", False, {}),
+    ],
+)
+def test_gradients_that_hooks_change_are_clipped_as_they_are(
+    pool: WorkerPool, hook: str, by_callback: bool, args: dict[str, Any]
+) -> None:
+    """So larger ones become the same, where all are clipped."""
+    args = {"gradient_clip_val": 0.01, "max_epochs": 2, "limit_train_batches": 7, **args}
+    scaled = hook, by_callback, args
+    for num_stages in (1, 2, 4):
+        strategy = {"num_stages": num_stages, "virtual": num_stages > 1}
+        expected = pool.run(fit, 1, models.MLP, models.vectors, strategy, 1, **args)[0]
+        assert_equal(pool.run(fit_scaled, 1, 1, strategy, *scaled)[0], expected, 1e-6)
+        if num_stages > 1:
+            ours = pool.run(fit_scaled, num_stages, num_stages, {"num_stages": num_stages}, *scaled)[0]
+            assert_equal(ours, expected, 1e-6)
+
+
+class Reads(Callback):
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        assert all(p.grad.isfinite().all() for p in pl_module.parameters() if p.grad is not None)
+
+
+def fit_with_reader_on_one(devices: int, strategy: dict[str, Any]) -> Any:
+    callbacks = [Reads()] if int(os.environ["LOCAL_RANK"]) == 0 else []
+    return fit(models.MLP, models.vectors, strategy, devices, callbacks=callbacks, gradient_clip_val=MAX_NORM)
+
+
+def test_one_process_alone_may_read_gradients(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"gradient_clip_val": MAX_NORM}
+    expected = pool.run(fit, 1, models.MLP, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit_with_reader_on_one, 3, 3, {"num_stages": 3})[0], expected, 1e-6)
+
+
+class StepsNowAndThen(Scaled):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(optimizer_closure) if batch_idx % 3 else optimizer_closure()
+
+
+def test_norms_are_told_where_no_step_follows(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"module_args": {"hook": "on_after_backward"}, "gradient_clip_val": MAX_NORM}
+    expected = pool.run(fit, 1, StepsNowAndThen, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
+    assert_equal(pool.run(fit, 3, StepsNowAndThen, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
 
 
 class ClipsTwice(models.MLP):

@@ -184,6 +184,22 @@ def test_processes_scale_as_virtual_stages(
     assert ours[0].scale < 2.0**20
 
 
+class Larger(Overflowing):
+    """Multiplies gradients that still have their scale."""
+
+    def on_after_backward(self) -> None:
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= 4
+
+
+def test_scaled_gradients_that_a_hook_changes_are_clipped_as_they_are(pool: WorkerPool) -> None:
+    args: dict[str, Any] = {"where": 1, "gradient_clip_val": 0.005}
+    expected = pool.run(fit_scaled, 1, 3, True, **args)[0]
+    assert_same(pool.run(fit_scaled, 1, 3, True, module=Larger, **args)[0], expected)
+    assert_same(pool.run(fit_scaled, 3, 3, module=Larger, **args)[0], expected)
+
+
 class Fused(Overflowing):
     """An optimizer that sees overflows by itself, and then makes a step without effect."""
 
