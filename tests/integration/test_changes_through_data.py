@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dgmp.data import _pickled
+from lightning_dgmp.operations import GhostMode
 from tests import models
 from tests.pool import WorkerPool
 from tests.training import Outcome, assert_equal, fit
@@ -207,3 +209,9 @@ def test_a_batch_that_is_an_object_is_changed_once(pool: WorkerPool) -> None:
     expected = run(virtual)
     assert_equal(run({"num_stages": 2}), expected, 1e-6)
     assert_equal(run({"num_stages": 2, "backward": "recompute"}), expected, 1e-6)
+
+
+def test_an_object_that_is_loaded_again_with_what_another_stage_made() -> None:
+    ghost = GhostMode().like(torch.zeros(3), "`out` of stage 1", False, torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"made by `out` of stage 1, which a step has kept in it.*`copy.copy\(item\)`"):
+        _pickled(models.Graph(pred=ghost))
