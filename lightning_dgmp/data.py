@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_dgmp.ghost import GhostRead
 from lightning_dgmp.host import MisconfigurationException, sized_len
 from lightning_dgmp.nests import join, leaves, split
 from lightning_dgmp.transport import DATA, REQUESTS, Transport
@@ -162,6 +163,12 @@ class Feed:
 def _pickled(form: Any) -> bytes:
     try:
         return pickle.dumps(form)
+    except GhostRead as read:
+        raise TypeError(
+            f"A batch must hold values, because stage 0 sends its batches to the others, but it holds"
+            f" {read.ghost.describe()}, which a step has kept in it: let the data set return copies of its objects, as"
+            " `copy.copy(item)`, instead of the same ones again."
+        ) from None
     except Exception as error:
         culprit = next((leaf for leaf in leaves(form) if not _can_be_pickled(leaf)), form)
         raise TypeError(

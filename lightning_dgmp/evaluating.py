@@ -14,8 +14,9 @@ from lightning_dgmp.data import Feed, check_sampler, own_loader
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.host import Trainer
 from lightning_dgmp.learned import Learned
-from lightning_dgmp.nests import copied_tensors
+from lightning_dgmp.nests import copied_tensors, objects_in
 from lightning_dgmp.pipeline import Interception
+from lightning_dgmp.plan.restore import attributes_saved
 from lightning_dgmp.saving import SavingStrategy
 from lightning_dgmp.schedule import delays_of
 from lightning_dgmp.stage.randomness import OwnRandomness, RandomState, mix_seed, seed_all
@@ -118,6 +119,7 @@ class EvaluatingStrategy(SavingStrategy):
         assert module is not None
 
         def step() -> Any:
+            restore()
             with self.step_among_replicas(), context():
                 return getattr(module, name)(*copied_tensors(args), **kwargs)
 
@@ -138,8 +140,10 @@ class EvaluatingStrategy(SavingStrategy):
         if self.stage == self.num_stages - 1:
             self.learned.before_step()
         key = name, args[2] if len(args) > 2 else 0
-        if self._feed is not None and not self._evaluation.has_run(key):
+        is_first = not self._evaluation.has_run(key)
+        if self._feed is not None and is_first:
             args = self._feed.read(args)  # for the trace, which runs everything
+        restore = attributes_saved(*objects_in(args) if is_first else ())  # the first step runs several times
         result = self._evaluation.run(key, step)
         if self.stage == self.num_stages - 1:
             self.learned.after_step()

@@ -104,7 +104,7 @@ class Evaluation:
             self._transport.open(plan.edges(), by_all=False)
             runner = self._make_runner(plan)
             logged: dict[str, Metric] = self._module.trainer._results or {}
-            names, undo = set(logged), [attributes_saved(module) for module in (self._module, *logged.values())]
+            names, restore = set(logged), attributes_saved(self._module, *logged.values())
             failure, result = "", None
             try:
                 result = self._run_stage(runner, step)
@@ -114,8 +114,7 @@ class Evaluation:
             if not any(failures):
                 self._runners[key] = runner
                 return result
-            for restore in undo:
-                restore()
+            restore()
             for name in set(logged) - names:
                 del logged[name]
             reason = next(filter(None, failures))

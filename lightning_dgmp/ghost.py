@@ -214,8 +214,8 @@ def left_behind(ghost: Ghost) -> GhostError:
     """The error for who uses a ghost of a trace that is over."""
     return GhostError(
         f"The first step also runs once without values, to see what it does, and has left {ghost.describe()} where that"
-        " is not undone. What steps keep belongs in attributes of the LightningModule and of its modules, or in"
-        " containers and objects of your own classes there."
+        " is not undone. What steps keep belongs in attributes of the LightningModule, of its modules and of batches,"
+        " or in containers and objects of your own classes there."
     )
 
 

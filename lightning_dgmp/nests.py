@@ -13,13 +13,16 @@ import numpy
 import torch
 from torch import Tensor
 
+from lightning_dgmp.objects import attributes_of, has_attributes, set_attributes
+
 __all__ = [
     "Form", "copied_tensors", "has_same_bytes", "is_dense", "is_same", "join", "leaves", "map_leaves", "map_tensors",
-    "marks", "replace_leaves", "split", "tensors_in", "with_items",
+    "marks", "objects_in", "replace_leaves", "split", "tensors_in", "values_in", "with_items",
 ]  # fmt: skip
 
 _LEAVES = (Tensor, type(None), int, float, str, bytes)  # the common ones, to be quick
 _MAPPINGS = (dict, MutableMapping)  # abstract classes are slow
+_MAX_ITEMS = 100  # of a container in an object; larger ones are data, as vocabularies, and not looked into
 _MAX_COMPARED = 2**12  # elements of a tensor whose values are compared; marks are kept for a while
 
 
@@ -59,27 +62,45 @@ def with_items(obj: Any, items: list[Any]) -> Any:
     return tuple.__new__(type(obj), items) if hasattr(obj, "_fields") else type(obj)(items)
 
 
-def replace_leaves(fn: Callable[[Any], Any], obj: Any) -> Any:
-    """``obj`` with ``fn(leaf)`` in the place of each leaf; its lists and mappings stay the same objects."""
+def replace_leaves(fn: Callable[[Any], Any], obj: Any, seen: set[int] | None = None) -> Any:
+    """``obj`` with ``fn(leaf)`` in the place of each of :func:`values_in`.
+
+    Its lists, mappings and objects stay the same objects, of which ``seen`` are those that have been met.
+    """
     if isinstance(obj, _LEAVES):
         return fn(obj)
+    if seen is not None and _is_large(obj):
+        return obj
     if isinstance(obj, (list, deque, *_MAPPINGS)):
         for key, value in obj.items() if isinstance(obj, _MAPPINGS) else enumerate(obj):
-            if (new := replace_leaves(fn, value)) is not value:
+            if (new := replace_leaves(fn, value, seen)) is not value:
                 obj[key] = new
         return obj
     if isinstance(obj, tuple):
-        items = [replace_leaves(fn, item) for item in obj]
+        items = [replace_leaves(fn, item, seen) for item in obj]
         if all(a is b for a, b in zip(items, obj)):
             return obj
         return with_items(obj, items)
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         for field in dataclasses.fields(obj):
             value = getattr(obj, field.name)
-            if (new := replace_leaves(fn, value)) is not value:
+            if (new := replace_leaves(fn, value, seen)) is not value:
                 object.__setattr__(obj, field.name, new)
         return obj
+    if has_attributes(obj):
+        seen = set() if seen is None else seen
+        if id(obj) not in seen:
+            seen.add(id(obj))
+            attributes = attributes_of(obj)
+            replaced = {name: replace_leaves(fn, value, seen) for name, value in attributes.items()}
+            if any(replaced[name] is not value for name, value in attributes.items()):
+                set_attributes(obj, replaced)
+        return obj
     return map_leaves(fn, obj)
+
+
+def _is_large(obj: Any) -> bool:
+    return isinstance(obj, (list, tuple, deque, *_MAPPINGS)) and len(obj) > _MAX_ITEMS
 
 
 def leaves(obj: Any) -> list[Any]:
@@ -105,6 +126,35 @@ def _collect(obj: Any, found: list[Any]) -> None:
             _collect(getattr(obj, field.name), found)
     else:
         found.append(obj)
+
+
+def objects_in(nest: Any) -> list[Any]:
+    """The objects of the user's classes that are leaves of ``nest``."""
+    return [leaf for leaf in leaves(nest) if has_attributes(leaf)]
+
+
+def values_in(nest: Any) -> list[Any]:
+    """The leaves of ``nest``, with those in the attributes of objects of the user's classes, of which each counts once.
+
+    So a value has a number also in a graph or the like that modules take, change and return.
+    """
+    waiting = leaves(nest)
+    if not any(map(has_attributes, waiting)):
+        return waiting
+    found: list[Any] = []
+    seen: set[int] = set()
+    waiting.reverse()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (list, tuple, deque, *_MAPPINGS)):
+            items = item.values() if isinstance(item, _MAPPINGS) else item
+            waiting += [] if _is_large(item) else reversed(list(items))
+        elif not has_attributes(item):
+            found.append(item)
+        elif id(item) not in seen:
+            seen.add(id(item))
+            waiting += reversed(attributes_of(item).values())
+    return found
 
 
 def map_tensors(fn: Callable[[Any], Any], obj: Any) -> Any:

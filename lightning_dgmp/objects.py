@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from enum import Enum
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -73,11 +74,14 @@ def is_of_user(module_name: str) -> bool:
 
 def has_attributes(value: Any) -> bool:
     """Whether ``value`` is a dataclass or an object of a class of the user, which may be callable too."""
-    if isinstance(value, (nn.Module, type, ModuleType, Tensor, Enum)):
+    return _have_attributes(type(value))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=1024)  # it is asked at every call of a module
+def _have_attributes(kind: type) -> bool:
+    if issubclass(kind, (nn.Module, type, ModuleType, Tensor, Enum)):
         return False
-    if dataclasses.is_dataclass(value):
-        return True
-    return isinstance(getattr(value, "__dict__", None), dict) and is_of_user(type(value).__module__)
+    return dataclasses.is_dataclass(kind) or (kind.__dictoffset__ != 0 and is_of_user(kind.__module__))
 
 
 def attributes_of(value: Any) -> dict[str, Any]:

@@ -27,11 +27,12 @@ from lightning_dgmp.host import (
     rank_zero_warn,
 )
 from lightning_dgmp.metrics import logging_nothing
-from lightning_dgmp.nests import copied_tensors
+from lightning_dgmp.nests import copied_tensors, objects_in
 from lightning_dgmp.options import Options
 from lightning_dgmp.pipeline import Pipeline
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
+from lightning_dgmp.plan.restore import attributes_saved
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
 from lightning_dgmp.rebalancing import KeptState, Measurement, better_plan, busy_in, move_parameters, wait_for_device
@@ -328,8 +329,10 @@ class StartingStrategy(EvaluatingStrategy):
             with self.step_alone(), self.precision_plugin.train_step_context(), logging:
                 return module.training_step(*copied_tensors(args))
 
+        restore = attributes_saved(*objects_in(args))
         with torch.enable_grad():
             trace = trace_step(step, module, self.root_device, readers=(Metric,))
+        restore()
         backward = self._options.backward
         if backward != "stash" and trace.changed_frozen:
             raise MisconfigurationException(

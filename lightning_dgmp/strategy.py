@@ -30,9 +30,10 @@ from lightning_dgmp.host import (
 from lightning_dgmp.learned import Learned
 from lightning_dgmp.loops import clock_at, install_loops
 from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
-from lightning_dgmp.nests import copied_tensors, map_leaves
+from lightning_dgmp.nests import copied_tensors, map_leaves, objects_in
 from lightning_dgmp.options import Options, Tied
 from lightning_dgmp.pipeline import Interception
+from lightning_dgmp.plan.restore import attributes_of_now
 from lightning_dgmp.precision import StageGradScaler
 from lightning_dgmp.remedies import Remedies
 from lightning_dgmp.signals import Signals
@@ -213,6 +214,7 @@ class DelayedMPStrategy(StartingStrategy):
                 self.step_among_replicas(),
                 self.precision_plugin.train_step_context(),
                 logging,
+                objects_of_now() if again else nullcontext(),
                 clock_at(module.trainer, *moment),
             ):
                 return module.training_step(*fresh(args), **fresh(kwargs))
@@ -220,7 +222,9 @@ class DelayedMPStrategy(StartingStrategy):
         if runner.is_last:
             self.learned.before_step()
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
-        fresh = copied_tensors if self._options.backward != "stash" else partial(map_leaves, _same)
+        runs_twice = self._options.backward != "stash"
+        fresh = copied_tensors if runs_twice else partial(map_leaves, _same)
+        objects_of_now = attributes_of_now(*objects_in((args, kwargs)) if runs_twice else ())
 
         is_first = module.trainer.fit_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
         number = runner.num_forwards

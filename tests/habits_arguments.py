@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.habits import Block, ThreeBlocks
+from tests.models import Graph
 
 __all__ = ["HABITS_WITH_ARGUMENTS", "ReadsAGlobal"]
 
@@ -90,6 +91,27 @@ class KeepsActivationsInAnObject(ThreeBlocks):
         y = self.third(self.second(self.first(x, cache), cache), cache)
         assert cache.all[-1] is y
         return y + sum(cache.all)
+
+
+class ChangesAGraph(ThreeBlocks):
+    """As GraphGym: blocks take the batch, an object, and return it with other activations, one of them in place."""
+
+    class kind(Block):
+        def forward(self, graph: Any) -> Any:  # type: ignore[override]
+            graph.x, graph.depth = 1 * super().forward(graph.x), graph.depth + 1
+            return graph
+
+    class kind_of_others(Block):
+        def forward(self, graph: Any) -> Any:  # type: ignore[override]
+            graph.x += super().forward(graph.x.clone())
+            graph.depth += 1
+            return graph
+
+    def loss(self, batch: Any) -> Tensor:
+        graph = Graph(x=batch[0], y=batch[1], depth=0)
+        graph.itself = graph
+        graph = self.features(graph)
+        return F.cross_entropy(self.out(graph.x) / graph.depth, graph.y)
 
 
 class CountsRows(ThreeBlocks):
@@ -183,6 +205,6 @@ class SumsLosses(ThreeBlocks):
 
 
 HABITS_WITH_ARGUMENTS: list[Callable[..., Any]] = [
-    CountsInObjects, ChangesADataclass, KeepsActivationsInAnObject, TakesAGraph, SelectsRows, Resizes,
+    CountsInObjects, ChangesADataclass, KeepsActivationsInAnObject, ChangesAGraph, TakesAGraph, SelectsRows, Resizes,
     SumsLosses,
 ]  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -294,3 +297,60 @@ class _Ragged(Dataset[Tensor]):
 def ragged_tokens(num_batches: int = 34) -> DataLoader:
     """Batches of token ids whose size and length change from one to the next."""
     return DataLoader(_Ragged(num_batches), batch_size=None)
+
+
+class Storage(MutableMapping[str, Any]):
+    def __init__(self, parent: Graph, items: dict[str, Any]) -> None:
+        self.parent, self.items_by_name = weakref.ref(parent), items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_by_name[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_by_name[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_by_name[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_by_name)
+
+    def __len__(self) -> int:
+        return len(self.items_by_name)
+
+    def __copy__(self) -> Storage:
+        other: Storage = object.__new__(Storage)
+        other.__dict__.update(vars(self), items_by_name=copy.copy(self.items_by_name))
+        return other
+
+
+class Graph:
+    """Keeps its attributes as those of PyTorch Geometric do, in a mapping that knows its owner."""
+
+    def __init__(self, **items: Any) -> None:
+        self.__dict__["store"] = Storage(self, items)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "store" or name not in self.store:
+            raise AttributeError(name)
+        return self.store[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.store[name] = value
+
+    def __reduce__(self) -> Any:
+        return _graph, (dict(self.store),)
+
+
+def _graph(items: dict[str, Any]) -> Graph:
+    return Graph(**items)
+
+
+def collate_graphs(samples: list[Any]) -> Graph:
+    x, y = torch.utils.data.default_collate(samples)
+    return Graph(x=x, y=y, names=["a"] * len(y))
+
+
+def graphs() -> DataLoader:
+    """:func:`vectors` in objects."""
+    return DataLoader(vectors().dataset, batch_size=8, collate_fn=collate_graphs)

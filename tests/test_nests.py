@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dgmp.nests import join, leaves, map_leaves, split
+from lightning_dgmp.nests import join, leaves, map_leaves, replace_leaves, split, values_in
+from tests.models import Graph
 
 
 class Batch(MutableMapping[str, Any]):
@@ -85,3 +86,22 @@ def test_what_is_not_dense_is_pickled_with_the_form() -> None:
     assert all(map(torch.equal, nested.unbind(), parts))
     assert torch.equal(sparse.to_dense(), torch.eye(2))
     assert dense is nest[2]
+
+
+def test_values_in_objects() -> None:
+    """Objects count once, also if they refer to each other, and their large containers are not looked into."""
+    x, y, z = torch.zeros(3), torch.ones(2), torch.ones(1)
+    words = [str(i) for i in range(1000)]
+    graph, other = Graph(x=x, more=[{"y": y}], words=words), Graph(z=z)
+    graph.other, other.owner = other, graph
+    nest = [graph, {"again": other}, z]
+    assert [id(value) for value in values_in(nest) if isinstance(value, torch.Tensor)] == [id(x), id(y), id(z), id(z)]
+    assert replace_leaves(lambda leaf: 0 if leaf is y else leaf + 1 if leaf is z else leaf, nest) is nest
+    assert (graph.more, other.z, nest[2]) == ([{"y": 0}], 2, 2)
+    assert graph.x is x
+    assert graph.words is words
+
+
+def test_modules_and_functions_are_values() -> None:
+    values = [torch.nn.Linear(1, 1), Graph, len, lambda: 0, torch.float32, torch]
+    assert values_in(values) == values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -36,12 +36,12 @@ def untouched(root: nn.Module, device: torch.device) -> Iterator[None]:
         numpy.random.set_state(numpy_state)
 
 
-def attributes_saved(root: nn.Module) -> Callable[[], None]:
-    """A function that puts the attributes and buffers of ``root`` and its submodules back to what they are now.
+def attributes_saved(*roots: Any) -> Callable[[], None]:
+    """A function that puts the attributes and buffers of modules and objects of the user back to what they are now.
 
-    Containers at any depth count, and those of the user's objects; tensors and arrays get their values back in place.
+    Submodules count, containers at any depth, and objects in these; tensors and arrays get their values back in place.
     """
-    containers = [(container, container.copy()) for container in _containers(root)]
+    containers = [(container, container.copy()) for container in _containers(roots)]
     undo = [_save_item(item) for _, kept in containers for item in _items(kept)]
 
     def restore() -> None:
@@ -54,9 +54,9 @@ def attributes_saved(root: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def attributes_of_now(root: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """A function that lets ``root`` and its submodules have the attributes and buffers of now for a while, later."""
-    moment = [(c, _copied(c)) for c in _containers(root) if len(c) <= MAX_ITEMS]
+def attributes_of_now(*roots: Any) -> Callable[[], AbstractContextManager[None]]:
+    """A function that lets modules and objects have the attributes and buffers of now for a while, later."""
+    moment = [(c, _copied(c)) for c in _containers(roots) if len(c) <= MAX_ITEMS]
     generators = [(item, _state(item)) for c, _ in moment for item in _items(c) if isinstance(item, _Generator)]
 
     @contextmanager
@@ -78,13 +78,13 @@ def attributes_of_now(root: nn.Module) -> Callable[[], AbstractContextManager[No
     return held
 
 
-def _containers(root: nn.Module) -> Iterator[Any]:
-    """The dicts, lists, sets and deques in the attributes of all modules, the attributes themselves first.
+def _containers(roots: Iterable[Any]) -> Iterator[Any]:
+    """The dicts, lists, sets and deques in the attributes of ``roots``, the attributes themselves first.
 
-    Modules count too that only containers and objects hold.
+    Modules and objects count too that only containers and objects hold.
     """
     seen: set[int] = set()
-    waiting: list[Any] = [module.__dict__ for module in root.modules()]
+    waiting: list[Any] = list(roots)
     while waiting:
         item = waiting.pop()
         if isinstance(item, tuple):

@@ -27,7 +27,7 @@ from lightning_dgmp.calls import (
     no_backward_hooks,
 )
 from lightning_dgmp.ghost import Ghost, GhostError, GhostRead, left_behind
-from lightning_dgmp.nests import is_same, leaves, marks, tensors_in
+from lightning_dgmp.nests import is_same, marks, tensors_in, values_in
 from lightning_dgmp.objects import modules_beside
 from lightning_dgmp.operations import GhostMode, Result, shares_memory
 from lightning_dgmp.plan.changes import Kept, Toggles
@@ -157,7 +157,7 @@ class _Tracer(GhostMode):
     def _note(self, nest: Any, call: int, kind: str) -> None:
         if self._functions_open:
             return
-        for leaf, item in enumerate(leaves(nest)):
+        for leaf, item in enumerate(values_in(nest)):
             if isinstance(item, Ghost) and item.vid >= 0:
                 item.origin = self.trace.calls[call].path or item.origin if kind == "out" else item.origin
                 self.trace.values[item.vid].appearances.append(Appearance(self._tick(), call, kind, leaf))

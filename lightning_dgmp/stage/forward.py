@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dgmp.ghost import Ghost, GhostError, realised
-from lightning_dgmp.nests import leaves, tensors_in
+from lightning_dgmp.nests import tensors_in, values_in
 from lightning_dgmp.plan.plan import Event, Plan, Transfer
 from lightning_dgmp.stage.overwritten import Overwritten
 from lightning_dgmp.stage.randomness import StepRandomness, aligned
@@ -140,7 +140,7 @@ class Forward:
         """Bind what arrives at this event, and keep what is to be sent."""
         wires = self.wiring.events.get(event)
         if wires is not None:
-            items = leaves(nest)
+            items = values_in(nest)
             for slot, transfer in wires:
                 item = items[transfer.leaf] if transfer.leaf < len(items) else None
                 if transfer.target == self.stage:

@@ -172,6 +172,44 @@ def graphs() -> Data:
     return Data(_graphs)
 
 
+class GraphBatch:
+    """Graphs of several sizes as one, whose nodes know theirs by number: an object, as those of PyTorch Geometric."""
+
+    def __init__(self, **items: Any) -> None:
+        self.__dict__.update(items)
+
+    @property
+    def num_graphs(self) -> int:
+        """How many there are."""
+        return int(self.ptr.numel()) - 1
+
+
+def _molecules(size: int, generator: Generator) -> Dataset[Any]:
+    items = []
+    for _ in range(size):
+        num_nodes = int(torch.randint(4, 9, (1,), generator=generator))
+        x = torch.randint(5, (num_nodes,), generator=generator)
+        items.append((x, torch.randint(num_nodes, (2, 3 * num_nodes), generator=generator), x.float().mean()))
+    return Items(items)
+
+
+def _collate_molecules(items: list[Any]) -> GraphBatch:
+    sizes = torch.tensor([len(x) for x, _, _ in items])
+    ptr = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    return GraphBatch(
+        x=torch.cat([x for x, _, _ in items]),
+        edge_index=torch.cat([edges + start for (_, edges, _), start in zip(items, ptr)], dim=1),
+        y=torch.stack([y for _, _, y in items]),
+        batch=torch.arange(len(items)).repeat_interleave(sizes),
+        ptr=ptr,
+    )
+
+
+def molecules() -> Data:
+    """Objects of nodes with a kind, edges, and a number for each graph."""
+    return Data(_molecules, collate=_collate_molecules)
+
+
 def _series(size: int, generator: Generator) -> Dataset[Any]:
     start = torch.rand(size, 1, generator=generator) * 6
     wave = torch.sin(start + 0.4 * torch.arange(16.0)) + 0.1 * torch.randn(size, 16, generator=generator)

@@ -114,6 +114,7 @@ ACCEPTED = {
     ),
     "MultiTask": Case(structures.MultiTask, data.vectors, "val/loss"),
     "GraphNetwork": Case(structures.GraphNetwork, data.graphs, tolerance=ADAM),
+    "GraphGym": Case(structures.GraphGym, data.molecules, tolerance=ADAM),
     "DataclassBatch": Case(structures.DataclassBatch, data.samples),
     "NamedTupleBatch": Case(structures.NamedTupleBatch, data.measurements, "val/loss"),
     "TabularNet": Case(structures.TabularNet, data.table_rows),

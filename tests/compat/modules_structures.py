@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanSquaredError, MetricCollection, R2Score
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
-from tests.compat.data import Measurement, Sample
+from tests.compat.data import GraphBatch, Measurement, Sample
 
 
 class MultiTask(LightningModule):
@@ -104,6 +104,76 @@ class GraphNetwork(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=5e-3, weight_decay=5e-4)
+
+
+class NodeEncoder(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, width)
+
+    def forward(self, batch: GraphBatch) -> GraphBatch:
+        batch.x = self.embedding(batch.x)
+        return batch
+
+
+class GraphLayer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.own, self.neighbours, self.norm = nn.Linear(width, width), nn.Linear(width, width), nn.BatchNorm1d(width)
+
+    def forward(self, batch: GraphBatch) -> GraphBatch:
+        source, target = batch.edge_index
+        sums = torch.zeros_like(batch.x).index_add_(0, target, batch.x[source])
+        batch.x = batch.x + F.relu(self.norm(self.neighbours(sums) + self.own(batch.x)))
+        return batch
+
+
+class GraphHead(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        sums = batch.x.new_zeros(batch.num_graphs, batch.x.size(1)).index_add_(0, batch.batch, batch.x)
+        return self.out(sums).squeeze(-1), batch.y
+
+
+class GraphGym(LightningModule):
+    """As GraphGym: every module takes the batch, an object, sets its activations in it, and returns it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        layers = nn.Sequential(*(GraphLayer(width) for _ in range(4)))
+        self.model = nn.ModuleDict({"encoder": NodeEncoder(width), "layers": layers, "head": GraphHead(width)})
+        self.mae = MeanAbsoluteError()
+
+    def forward(self, batch: Any) -> Any:
+        for module in self.model.children():
+            batch = module(batch)
+        return batch
+
+    def shared_step(self, batch: GraphBatch, split: str) -> dict[str, Tensor]:
+        batch.y = (batch.y - 2) / 2
+        prediction, true = self(batch)
+        loss = F.l1_loss(prediction, true)
+        self.log(f"{split}_loss", loss, batch_size=batch.num_graphs, on_epoch=True)
+        return {"loss": loss, "true": true, "prediction": prediction.detach()}
+
+    def training_step(self, batch: GraphBatch, *args: Any) -> dict[str, Tensor]:
+        return self.shared_step(batch, "train")
+
+    def validation_step(self, batch: GraphBatch, *args: Any) -> dict[str, Tensor]:
+        outputs = self.shared_step(batch, "val")
+        self.mae(outputs["prediction"], outputs["true"])
+        self.log("val_mae", self.mae, batch_size=batch.num_graphs)
+        return outputs
+
+    def predict_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:
+        return self(batch)[0]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=5e-3)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)]
 
 
 class DataclassBatch(LightningModule):

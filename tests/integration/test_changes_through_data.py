@@ -1,4 +1,4 @@
-"""What steps change through `.data`, or through views, ends as if they had changed the tensor itself."""
+"""What steps change through `.data`, through views, or in an object, ends as if they had changed the tensor itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dgmp.data import _pickled
+from lightning_dgmp.operations import GhostMode
 from tests import models
 from tests.pool import WorkerPool
 from tests.training import Outcome, assert_equal, fit
@@ -180,3 +182,36 @@ def test_a_buffer_that_its_owner_alone_knows_is_no_value_elsewhere(pool: WorkerP
     strategy = {"num_stages": 2, "split_at": ["second"]}
     results = pool.try_run(fit, 2, UsesTheBufferOfAnother, models.vectors, strategy, 2)
     assert all("made by a buffer that takes activations" in result.message for result in results), results
+
+
+class Normalises(models.MLP):
+    """The batch is an object, of which an attribute is set, a tensor changed in place, and a list made shorter."""
+
+    def loss(self, batch: Any) -> Tensor:
+        batch.x = (batch.x - 1) / 2
+        batch.y.sub_(1).remainder_(4)
+        batch.names.pop()
+        assert len(batch.names) == len(batch.x) - 1
+        return super().loss((batch.x, batch.y))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), batch_size=len(batch.y))
+
+
+def test_a_batch_that_is_an_object_is_changed_once(pool: WorkerPool) -> None:
+    def run(strategy: dict[str, Any] | None, **module_args: Any) -> Outcome:
+        devices = 1 if strategy is None or "virtual" in strategy else 2
+        arguments: dict[str, Any] = {"module_args": module_args, "make_val_loader": models.graphs}
+        return pool.run(fit, devices, Normalises, models.graphs, strategy, devices, limit_val_batches=2, **arguments)[0]
+
+    virtual = {"num_stages": 2, "virtual": True}
+    assert_equal(run(virtual, lr=0.0), run(None, lr=0.0), 1e-6)
+    expected = run(virtual)
+    assert_equal(run({"num_stages": 2}), expected, 1e-6)
+    assert_equal(run({"num_stages": 2, "backward": "recompute"}), expected, 1e-6)
+
+
+def test_an_object_that_is_loaded_again_with_what_another_stage_made() -> None:
+    ghost = GhostMode().like(torch.zeros(3), "`out` of stage 1", False, torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"made by `out` of stage 1, which a step has kept in it.*`copy.copy\(item\)`"):
+        _pickled(models.Graph(pred=ghost))

@@ -23,6 +23,7 @@ RERUN = {
     "UnfreezesWhileInFlight",
     "DetachesAtFirst",
     "CountsInObjects",
+    "ChangesAGraph",
     "CutsStatesOff",
 }
 
