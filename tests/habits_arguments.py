@@ -185,7 +185,10 @@ class SumsLosses(ThreeBlocks):
 
 
 class WritesInALoop(ThreeBlocks):
-    """A decoder with teacher forcing writes what it says into a tensor of the step's own."""
+    """A decoder with teacher forcing writes what it says into a tensor of the step's own.
+
+    A value of the first stage is used only after that.
+    """
 
     class Decoder(Block):
         def __init__(self) -> None:
@@ -201,9 +204,10 @@ class WritesInALoop(ThreeBlocks):
 
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
-        h, said, outputs = self.second(self.first(x)), y, torch.zeros(4, len(x), 4)
+        memory, said, outputs = self.first(x), y, torch.zeros(4, len(x), 4)
+        h = self.second(memory)
         for i in range(4):
-            h = self.third(said, h)
+            h = self.third(said, h + memory / 10 if i else h)
             outputs[i] = self.out(h)
             said = y if i % 2 and self.training else outputs[i].argmax(1)
         return F.cross_entropy(outputs[1:].flatten(0, 1), y.repeat(3))
