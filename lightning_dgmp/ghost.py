@@ -25,7 +25,17 @@ from lightning_dgmp.objects import attributes_of, has_attributes
 if TYPE_CHECKING:
     from lightning_dgmp.operations import GhostMode
 
-__all__ = ["PLAIN", "Ghost", "GhostError", "GhostRead", "check_sent", "left_behind", "looks_of", "realised"]
+__all__ = [
+    "PLAIN",
+    "Ghost",
+    "GhostError",
+    "GhostRead",
+    "GhostWritten",
+    "check_sent",
+    "left_behind",
+    "looks_of",
+    "realised",
+]
 
 
 #: Types of arguments that are what they look like.
@@ -50,6 +60,19 @@ class GhostRead(BaseException):
         super().__init__(f"`{what}` reads the value of {ghost.describe()}{why}")
         self.ghost = ghost
         self.what = what
+
+
+class GhostWritten(GhostRead):
+    """A ghost was to be written into a real tensor."""
+
+    def __init__(self, ghost: Ghost, what: str) -> None:
+        super().__init__(
+            ghost,
+            what,
+            " to write it into a tensor that does not come from the model, which a stage without the value cannot:"
+            " make that tensor from one of the model, as by `x.new_zeros(...)`, or build the result with `torch.cat`,"
+            " `torch.stack`, `torch.where` or `total = total + part`",
+        )
 
 
 class Ghost(torch.Tensor):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,7 @@ from lightning_dgmp.nests import tensors_in
 if TYPE_CHECKING:
     from lightning_dgmp.operations import GhostMode
 
-__all__ = ["READS", "is_mask", "noting_reads"]
+__all__ = ["READS", "answer_to_check", "is_mask", "noting_reads"]
 
 #: The names of functions and methods that give Python a value.
 READS = frozenset(
@@ -26,6 +28,16 @@ READS = frozenset(
     backward equal allclose is_nonzero data_ptr untyped_storage storage __dlpack__ apply_ map_ map2_
     """.split()  # noqa: SIM905
 )
+#: Functions of torch that ask whether arguments are valid, and what they hope for.
+_CHECKS = {
+    ("torch.distributions.distribution", "__init__"): True,
+    ("torch.distributions.distribution", "_validate_sample"): True,
+    ("torch.distributions.constraints", "check"): True,
+    ("torch.distributions.continuous_bernoulli", "__init__"): True,
+    ("torch.distributions.geometric", "__init__"): True,
+    ("torch.nn.functional", "gaussian_nll_loss"): False,
+}
+_BETWEEN = ("lightning_dgmp.", "torch._dynamo.", "torch._compile")  # modules whose frames lie before that of the asker
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -35,7 +47,8 @@ class _NotingReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, mode = kwargs or {}, self._ghosts
-        mode.has_read_values |= getattr(func, "__name__", "") in READS
+        if getattr(func, "__name__", "") in READS:  # of a ghost nothing is read; but for checks, this is its end
+            mode.has_read_values |= not isinstance(args[0], Ghost) or args[0].bound
         out = func(*args, **kwargs)
         if mode.stale and any(mode.is_stale(tensor) for tensor in tensors_in((args, kwargs))):
             mode.stale += [tensor for tensor in tensors_in(out) if not isinstance(tensor, Ghost)]
@@ -65,6 +78,17 @@ def noting_reads(mode: GhostMode) -> Iterator[None]:
     """
     with _NotingReads(mode), _NotingShapes(mode):
         yield
+
+
+def answer_to_check() -> bool | None:
+    """What a check of torch hopes for that wants a truth value now; ``None`` if something else wants it.
+
+    Where the values are, they are checked.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (module := frame.f_globals.get("__name__", "")).startswith(_BETWEEN):
+        frame = frame.f_back
+    return None if frame is None else _CHECKS.get((module, frame.f_code.co_name))
 
 
 def is_mask(index: Any) -> bool:

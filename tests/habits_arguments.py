@@ -1,4 +1,6 @@
-"""Modules that change what they are passed, or whose outputs have shapes that more than their tensors decides."""
+"""Modules that change what they are passed, or whose outputs have shapes that more than their tensors decides,
+or that write into tensors of their own.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 from tests.habits import Block, ThreeBlocks
 from tests.models import Graph
 
-__all__ = ["HABITS_WITH_ARGUMENTS", "ReadsAGlobal"]
+__all__ = ["HABITS_WITH_ARGUMENTS", "ReadsAGlobal", "ReadsInALoop"]
 
 
 class Counter:
@@ -204,7 +206,61 @@ class SumsLosses(ThreeBlocks):
         return total
 
 
+class WritesInALoop(ThreeBlocks):
+    """A decoder with teacher forcing writes what it says into a tensor of the step's own.
+
+    A value of the first stage is used only after that.
+    """
+
+    class Decoder(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(4, 8)
+
+        def forward(self, said: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(self.embedding(said) + h)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.third = self.Decoder()
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        memory, said, outputs = self.first(x), y, torch.zeros(4, len(x), 4)
+        h = self.second(memory)
+        for i in range(4):
+            h = self.third(said, h + memory / 10 if i else h)
+            outputs[i] = self.out(h)
+            said = y if i % 2 and self.training else outputs[i].argmax(1)
+        return F.cross_entropy(outputs[1:].flatten(0, 1), y.repeat(3))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+
+
+class SumsLikelihoods(ThreeBlocks):
+    """Of distributions along a loop, in a tensor of the step's own."""
+
+    def loss(self, batch: Any) -> Tensor:
+        h, loss = self.second(self.first(batch[0])), torch.zeros(1)
+        for truth in batch[0].chunk(4, dim=1):
+            h = self.third(h)
+            mean, scale = self.out(h).chunk(2, dim=1)
+            loss += -torch.distributions.Normal(mean, F.softplus(scale) + 0.1).log_prob(truth).mean()
+        return loss / 4
+
+
+class ReadsInALoop(ThreeBlocks):
+    def features(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(3):
+            x = self.third(self.second(x))
+            if x.sum().item() > 1000:
+                break
+        return x
+
+
 HABITS_WITH_ARGUMENTS: list[Callable[..., Any]] = [
     CountsInObjects, ChangesADataclass, KeepsActivationsInAnObject, ChangesAGraph, TakesAGraph, SelectsRows, Resizes,
-    SumsLosses,
+    SumsLosses, WritesInALoop, SumsLikelihoods,
 ]  # fmt: skip

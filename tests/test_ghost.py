@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributions
 from torch.nn import functional as F
 
 from lightning_dgmp.ghost import Ghost, GhostRead
@@ -71,6 +73,53 @@ def test_autocast_decides_the_dtype(ghost: Ghost) -> None:
 def test_reading_a_value_is_an_error(ghost: Ghost, read: Callable[[Tensor], Any]) -> None:
     with pytest.raises(GhostRead, match=r"reads the value of a .* tensor made by the test"):
         read(ghost)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: distributions.Normal(x, x.exp()).log_prob(torch.zeros(2, 3)),
+        lambda x: distributions.Independent(distributions.Normal(0 * torch.ones(2, 3), 1.0), 1).log_prob(x),
+        lambda x: distributions.kl_divergence(distributions.Normal(x, x), distributions.Normal(0.0, 1.0)),
+        lambda x: distributions.Categorical(probs=x).entropy(),
+        lambda x: distributions.Bernoulli(logits=x).log_prob(torch.ones(2, 3)),
+        lambda x: distributions.Geometric(probs=x).log_prob(torch.ones(2, 3)),
+        lambda x: distributions.ContinuousBernoulli(probs=x).log_prob(torch.ones(2, 3)),
+        lambda x: distributions.MultivariateNormal(x[0], covariance_matrix=x.T @ x).log_prob(torch.zeros(3)),
+        lambda x: F.gaussian_nll_loss(x.exp(), torch.zeros(2, 3), x),
+        lambda x: F.gaussian_nll_loss(torch.zeros(2, 3), torch.zeros(2, 3), var=x, full=True),
+    ],
+)
+def test_checks_of_torch_need_no_values(ghost: Ghost, use: Callable[[Tensor], Tensor]) -> None:
+    assert isinstance(use(ghost), Ghost)
+    ghost.bind(lambda: torch.tensor([[torch.nan] * 3, [-1.0] * 3]))
+    with pytest.raises((ValueError, RuntimeError), match=r"invalid values|negative"):
+        use(ghost)
+
+
+def test_the_lines_of_torch_that_check() -> None:
+    asks = re.compile(r"(?:if|elif) .*(?:\.all\(|\.any\(|all_true\().*:$")
+    lines = {
+        place: [line.strip() for line in inspect.getsource(code).splitlines() if asks.search(line)]
+        for place, code in {
+            "distribution.__init__": distributions.Distribution.__init__,
+            "distribution._validate_sample": distributions.Distribution._validate_sample,
+            "geometric.__init__": distributions.Geometric.__init__,
+            "continuous_bernoulli.__init__": distributions.ContinuousBernoulli.__init__,
+            "symmetric.check": type(distributions.constraints.symmetric).check,
+            "positive_definite.check": type(distributions.constraints.positive_definite).check,
+            "gaussian_nll_loss": F.gaussian_nll_loss,
+        }.items()
+    }
+    assert lines == {
+        "distribution.__init__": ["if not torch._is_all_true(valid):"],
+        "distribution._validate_sample": ["if not torch._is_all_true(valid):"],
+        "geometric.__init__": ["if not valid.all():"],
+        "continuous_bernoulli.__init__": ['if not self.arg_constraints["probs"].check(self.probs).all():'],
+        "symmetric.check": ["if not square_check.all():"],
+        "positive_definite.check": ["if not sym_check.all():"],
+        "gaussian_nll_loss": ["elif torch.any(var < 0):"],
+    }
 
 
 def test_printing_a_ghost_is_harmless(ghost: Ghost) -> None:

@@ -118,7 +118,7 @@ class Cuts:
         again: dict[str, int] = {}
         for index, (op, uses) in enumerate(zip(self.trace.ops, self._uses)):
             inputs = max((heights[v] for v in self._sources[index]), default=0)
-            for name, count in uses:
+            for name, count in uses if op.time < self.trace.read_at else ():
                 if unit_of[name, count] < inputs and count < _MAX_USES:
                     again.setdefault(name, index)
             height = max([inputs] + [unit_of[use] for use in uses])
@@ -129,15 +129,12 @@ class Cuts:
     def _measure_heights(self) -> None:
         trace, last = self.trace, len(self.units) - 1
         for op, uses, sources in zip(trace.ops, self._uses, self._sources):
-            inputs = max((self.value_heights[v] for v in sources), default=0)
+            is_last = op.time >= trace.read_at
+            inputs = last if is_last else max((self.value_heights[v] for v in sources), default=0)
             for use in uses:
-                for cut in range(self._unit_of[use] + 1, inputs + 1):
-                    self.obstacles.setdefault(
-                        cut, f"the parameter `{use[0]}` is used again and again, more than {_MAX_USES} times"
-                    )
+                reason = "after a value was read" if is_last else f"and again, more than {_MAX_USES} times"
+                self._forbid(self._unit_of[use], inputs, f"the parameter `{use[0]}` is used again {reason}")
             height = max([inputs] + [self._unit_of[use] for use in uses])
-            if op.name == "read" and trace.stopped is not None:
-                height = last
             self.op_heights.append(height)
             self.costs[height] += (1 + _BACKWARD) * (op.flops + _PER_BYTE * op.nbytes)
             for v in op.outputs:
@@ -151,7 +148,7 @@ class Cuts:
         for op, op_height in zip(trace.ops, self.op_heights):
             for v in op.inputs:
                 for cut in range(heights[v] + 1, op_height + 1):
-                    first_use[cut].setdefault(v, op.time)
+                    first_use[cut].setdefault(v, min(op.time, trace.read_at))
                 for cut in range(heights[v] + 1, changed(v, op.time) + 1):
                     made_by = trace.ops[trace.values[v].op].name
                     self.obstacles.setdefault(
@@ -217,11 +214,11 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
         raise PlanError(f"`num_stages` must be at least 1, but is {num_stages}.")
     if num_stages > len(ends) - 1:
         reasons = "; ".join(f"{reason} [{count} places]" for reason, count in _common(cuts.obstacles.values()))
-        stopped = f" The step could be read only up to a point: {cuts.trace.stopped}." if cuts.trace.stopped else ""
         raise PlanError(
             f"`num_stages={num_stages}` needs {num_stages - 1} cuts, but `training_step` can be cut in"
-            f" {len(ends) - 2} places.{stopped} Use at most {len(ends) - 1} stage{'s' * (len(ends) > 2)}, or change the"
-            " model." + (f" Elsewhere it cannot be cut because {reasons}." if reasons else "")
+            f" {len(ends) - 2} places.{_about_read(cuts.trace)} Use at most {len(ends) - 1}"
+            f" stage{'s' * (len(ends) > 2)}, or change the model."
+            + (f" Elsewhere it cannot be cut because {reasons}." if reasons else "")
         )
     total = [0.0, *accumulate(cuts.costs)]
 
@@ -270,7 +267,7 @@ def cuts_before(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[str
         if call is None:
             raise PlanError(
                 f"`split_at` must name modules that `training_step` calls, but it does not call `{path}`."
-                " Name a module inside it, or the one that contains it."
+                f"{_about_read(cuts.trace)} Name a module inside it, or the one that contains it."
             )
         position = cuts.first_unit(call)
         if position is None:
@@ -295,9 +292,16 @@ def cuts_before(cuts: Cuts, root: nn.Module, num_stages: int, split_at: list[str
                 f" `{split_at[len(positions) - 1]}`. Reorder it."
             )
         if position in cuts.obstacles:
-            raise PlanError(f"`split_at` names `{path}`, but the step cannot be cut there: {cuts.obstacles[position]}.")
+            raise PlanError(
+                f"`split_at` names `{path}`, but the step cannot be cut there: {cuts.obstacles[position]}."
+                f"{_about_read(cuts.trace)}"
+            )
         positions.append(position)
     return positions
+
+
+def _about_read(trace: Trace) -> str:
+    return "" if trace.read is None else f" What comes after a value is read belongs to the last stage: {trace.read}."
 
 
 def _units(trace: Trace, uses: Sequence[tuple[_Use, ...]]) -> tuple[list[Unit], dict[_Use, int]]:

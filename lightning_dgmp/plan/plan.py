@@ -54,6 +54,7 @@ class Plan:
             last event. A stage's own affair, which others need not agree on: code for rank 0 keeps things on rank 0.
         toggled: Attributes of modules, by path and name, that the step changes and changes back.
         overwritten: The stages that see how a later one writes in place into a value of theirs.
+        stopped: Where and why the trace of the step ended before its end, if it did.
         calls: The same for single calls, by path and occurrence, of modules with shared parameters whose calls differ;
             their first call stands in ``modules``.
         stages: One summary a stage.
@@ -75,6 +76,7 @@ class Plan:
         slack: int = 0,
         bounds: Sequence[int] = (),
         overwritten: Set[int] = frozenset(),
+        stopped: str | None = None,
     ) -> None:
         self.num_stages = len(stages)
         self.delays, self.bounds = delays_of(self.num_stages, slack), list(bounds)
@@ -85,7 +87,7 @@ class Plan:
         self.last_events = last_events
         self.toggled = list(toggled)
         self.runs_on = runs_on
-        self.overwritten = overwritten
+        self.overwritten, self.stopped = overwritten, stopped
         self.stages = stages
         self._parameters = parameters
 
@@ -103,6 +105,20 @@ class Plan:
             KeyError: If the model has no such parameter.
         """
         return self._parameters[parameter_name]
+
+    def why_missing(self) -> str:
+        """What may be the matter with a step that lacks a value, for messages."""
+        cure = "make its module calls the same for all batches, or let the one with most calls come first (the longest)"
+        if self.stopped is None:
+            return (
+                f"The step ran differently from the first batch, on which the plan was made: {cure}, or choose other"
+                " cuts with `split_at`"
+            )
+        return (
+            "A step may call only modules of the last stage after it has read a value, and the plan knows what the"
+            f" first batch did before: {self.stopped}. Read values after the last call of the network, or name the"
+            f" first module that is called again after that, as in a loop, in `split_at`; else {cure}"
+        )
 
     @property
     def shared(self) -> dict[str, tuple[int, ...]]:
@@ -203,7 +219,7 @@ def make_evaluation_plan(trace: Trace, root: nn.Module, training: Plan) -> Plan:
     value_stages = [0] * len(trace.values)
     op_stages: list[int] = []
     for op, sources in zip(trace.ops, trace.sources()):
-        stage = last if op.name == "read" else max((value_stages[v] for v in sources), default=0)
+        stage = last if op.time >= trace.read_at else max((value_stages[v] for v in sources), default=0)
         homes = {name: training.stage_of(name) for name in op.parameters}
         stage = max([stage, *(min((k for k in stages if k >= stage), default=stages[-1]) for stages in homes.values())])
         for name, stages in homes.items():
@@ -278,7 +294,7 @@ def _lay_out(
         for index, occurrence in visible.items()
         if owners[index] != modules[path := trace.calls[index].path]
     }
-    more = trace.toggled, runs_on, calls, slack, bounds, overwritten_on(trace, op_stages)
+    more = trace.toggled, runs_on, calls, slack, bounds, overwritten_on(trace, op_stages), trace.stopped
     return Plan(parameters, modules, paths, transfers, last_events, summaries, *more)
 
 
@@ -343,7 +359,7 @@ def _transfers(
                     f" stage {writer}: build a new tensor, as by `x = x + y` instead of `x += y`."
                 )
             if op_stage > value_stages[v]:
-                first_use.setdefault(op_stage, {}).setdefault(v, op.time)
+                first_use.setdefault(op_stage, {}).setdefault(v, min(op.time, trace.read_at))
     first_use.setdefault(last, {})
     found: list[tuple[int, Transfer]] = []
     for target, uses in first_use.items():

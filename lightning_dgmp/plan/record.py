@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 __all__ = ["Appearance", "Call", "Op", "ParameterInfo", "Trace", "Value"]
@@ -79,8 +80,10 @@ class Trace:
     """What one step ran, in order.
 
     Attributes:
-        stopped: Where and why the trace ended before the step did; ``None`` if it did not. What the step does after
-            that point belongs to the last stage.
+        stopped: Where and why the trace ended before the step did; ``None`` if it did not.
+        read: Where and why the step first needs values; ``None`` if it does not. What comes after that belongs to the
+            last stage.
+        read_at: When that is.
         wanted: Values that the last stage should have if they can travel, and when: those that are logged, returned or
             kept by the root module, and all that are in reach where the trace stopped.
         returned_none: Whether the step returned ``None``.
@@ -95,6 +98,8 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     stopped: str | None = None
+    read: str | None = None
+    read_at: float = math.inf
     wanted: dict[int, float] = field(default_factory=dict)
     returned_none: bool = False
     changes: dict[int, list[int]] = field(default_factory=dict)

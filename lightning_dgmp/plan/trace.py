@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_dgmp.calls import (
     ParameterSlots,
@@ -26,8 +27,8 @@ from lightning_dgmp.calls import (
     intercepted_calls,
     no_backward_hooks,
 )
-from lightning_dgmp.ghost import Ghost, GhostError, GhostRead, left_behind
-from lightning_dgmp.nests import is_same, marks, tensors_in, values_in
+from lightning_dgmp.ghost import Ghost, GhostError, GhostRead, GhostWritten, left_behind
+from lightning_dgmp.nests import is_same, map_leaves, marks, replace_leaves, tensors_in, values_in
 from lightning_dgmp.objects import modules_beside
 from lightning_dgmp.operations import GhostMode, Result, shares_memory
 from lightning_dgmp.plan.changes import Kept, Toggles
@@ -61,7 +62,8 @@ def trace_step(
         calls = intercepted_calls(root, tracer.on_call)
         with tracer.slots.holding(tracer.ghosts), calls, functions, data_assignments(), no_backward_hooks(root):
             try:
-                returned = step(tracer.want)
+                with tracer.written:
+                    returned = step(tracer.want)
                 tracer.trace.returned_none = returned is None
                 tracer.want(returned)
                 for value in list(vars(root).values()):
@@ -113,6 +115,7 @@ class _Tracer(GhostMode):
         self._time = self._functions_open = 0
         self._values: list[weakref.ref[Ghost]] = []
         self._checkpoints = _Checkpoints()
+        self.written, self.take_over = _Written(self), self._take_over
 
     # ----- calls
 
@@ -124,6 +127,7 @@ class _Tracer(GhostMode):
         self._look_at_attributes()
         parent = self._open[-1] if self._open else -1
         trace.calls.append(Call(path, parent, self._tick(), module in self._hooked))
+        args, kwargs = self.written.current(args), self.written.current(kwargs)
         self._note((args, kwargs), index, "arg")
         if isinstance(module, self.readers) and (read := tensors_in((args, kwargs), Ghost)):
             raise GhostRead(read[0], f"{type(module).__name__} `{path}`")
@@ -258,6 +262,26 @@ class _Tracer(GhostMode):
             self.trace.calls[call].ops.append(len(self.trace.ops) - 1)
         return op
 
+    def _take_over(self, name: str, inputs: list[Ghost], target: Tensor) -> Ghost | None:
+        """Go on with a ghost in the place of a tensor of the step's own into which ghosts are written."""
+        if shares_memory(target, self.written_over()):
+            return None
+        self._note_read(GhostWritten(inputs[0], name), traceback.extract_stack())
+        op = self._record(name, inputs)
+        with torch._C.DisableTorchFunction():
+            nbytes, needs_grad = target.nbytes, target.requires_grad or any(ghost.needs_grad for ghost in inputs)
+        ghost = self.stand_in(target, inputs[0].origin, needs_grad)
+        ghost.vid = len(self.trace.values)
+        self.trace.values.append(Value(len(self.trace.ops) - 1, nbytes, ghost.storage_id))
+        op.outputs.append(ghost.vid)
+        self.written.pairs.append((target, ghost))
+        return ghost
+
+    def stand_in(self, tensor: Tensor, origin: str, needs_grad: bool) -> Ghost:
+        """A ghost in the place of a real tensor."""
+        with torch._C.DisableTorchFunction():
+            return self.like(tensor, origin, needs_grad, tensor.device)
+
     def ignore_write(self, inputs: list[Ghost], target: Tensor) -> None:
         self.want(inputs)
         for call, module in zip(self._open, self._open_modules):
@@ -268,7 +292,7 @@ class _Tracer(GhostMode):
         """Note that the last stage should have the values in ``nest``."""
         for ghost in tensors_in((nest, more), Ghost):
             if ghost.vid >= 0:
-                self.trace.wanted.setdefault(ghost.vid, self._tick())
+                self.trace.wanted.setdefault(ghost.vid, min(self._tick(), self.trace.read_at))
 
     def finish(self) -> None:
         """Note what the step has done to attributes."""
@@ -284,13 +308,17 @@ class _Tracer(GhostMode):
             if self._kept.have_changed(module):
                 self.trace.touched.append((self._time + 1, self._open[-1] if self._open else -1, None))
 
+    def _note_read(self, read: GhostRead, frames: traceback.StackSummary) -> str:
+        """Note that what comes now belongs to the last stage, and tell what was read where."""
+        frame = next(filter(_is_user, reversed(frames)), None)
+        text = f"{read}" if frame is None else f"{read} ({frame.filename}:{frame.lineno})"
+        if self.trace.read is None:
+            self.trace.read, self.trace.read_at = text, self._tick()
+        return text
+
     def stop(self, read: GhostRead) -> None:
-        """End the trace at a read; what comes after it is the last stage's."""
-        where = next(
-            (f" ({f.filename}:{f.lineno})" for f in reversed(traceback.extract_tb(read.__traceback__)) if _is_user(f)),
-            "",
-        )
-        self.trace.stopped = f"{read}{where}"
+        """End the trace at a read."""
+        self.trace.stopped = self._note_read(read, traceback.extract_tb(read.__traceback__))
         self._open.clear()
         self._open_modules.clear()
         self._checkpoints.forget()
@@ -302,6 +330,34 @@ class _Tracer(GhostMode):
 
 def _is_user(frame: traceback.FrameSummary) -> bool:
     return not any(part in frame.filename for part in ("/lightning_dgmp/", "/torch/", "<frozen"))
+
+
+class _Written(TorchFunctionMode):
+    """Real tensors into which the step has written ghosts: from then on ghosts take the place of these and of views."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self.pairs: list[tuple[Tensor, Ghost]] = []
+
+    def current(self, nest: Any) -> Any:
+        return replace_leaves(self._current, nest) if self.pairs else nest
+
+    def _current(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or isinstance(leaf, Ghost):
+            return leaf
+        writer = next((ghost for target, ghost in self.pairs if shares_memory(leaf, [target])), None)
+        if writer is None:
+            return leaf
+        ghost = self._tracer.stand_in(leaf, writer.origin, writer.needs_grad)
+        ghost.vid, ghost.storage_id = writer.vid, writer.storage_id
+        return ghost
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.pairs:
+            args, kwargs = map_leaves(self._current, args), map_leaves(self._current, kwargs)
+        return func(*args, **kwargs)
 
 
 class _Checkpoints:

@@ -208,9 +208,8 @@ class Forward:
         for ghost in tensors_in(out, Ghost):
             if not ghost.bound:
                 raise GhostError(
-                    f"`{path}` on stage {self.stage} used {ghost.describe()}, which is not here. The step ran"
-                    " differently from the first batch, on which the plan was made: make its module calls the same for"
-                    " all batches, or choose other cuts with `split_at`."
+                    f"`{path}` on stage {self.stage} used {ghost.describe()}, which is not here."
+                    f" {self.plan.why_missing()}."
                 )
 
 

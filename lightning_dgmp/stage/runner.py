@@ -364,7 +364,7 @@ class StageRunner:
             raise GhostError(
                 f"User code on stage {self.stage} of {self.plan.num_stages} needs a value that is not here: {read}."
                 " Code in a step may read values only behind the network; move it there, or set `split_at` so that the"
-                " value is made on the stage that reads it."
+                " value is made on the stage that reads it." + (f" {self.plan.why_missing()}." if self.is_last else "")
             ) from None
         finally:
             self._forward = None
@@ -375,9 +375,7 @@ class StageRunner:
             if not ghost.bound:
                 raise GhostError(
                     f"`training_step` returned a value that depends on {ghost.describe()}, which did not travel to the"
-                    f" last stage. The step ran differently from the first batch, on which the plan was made: make its"
-                    " module calls the same for all batches, or let the one with most calls come first (the longest),"
-                    " or choose other cuts with `split_at`."
+                    f" last stage. {self.plan.why_missing()}."
                 )
         return map_tensors(lambda t: t.received() if isinstance(t, Ghost) else t, result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning_dgmp.stage import skip
 from tests import models
 from tests.habits import HABITS, SPLITS, CheckpointedDropout
-from tests.habits_arguments import HABITS_WITH_ARGUMENTS, ReadsAGlobal
+from tests.habits_arguments import HABITS_WITH_ARGUMENTS, ReadsAGlobal, ReadsInALoop
 from tests.pool import Failure, WorkerPool
 from tests.training import Outcome, assert_equal, fit
 
@@ -40,8 +41,9 @@ def run(pool: WorkerPool, model: Callable[..., Any], num_stages: int, virtual: b
     [(model, 3 if i % 2 else 2) for i, model in enumerate(HABITS)] + [(model, 3) for model in HABITS_WITH_ARGUMENTS],
 )
 def test_processes_equal_virtual_stages(pool: WorkerPool, model: Any, num_stages: int) -> None:
-    expected = run(pool, model, num_stages, virtual=True)
-    assert_equal(run(pool, model, num_stages), expected, 1e-6)
+    more = {"make_val_loader": models.vectors} if hasattr(model, "validation_step") else {}
+    expected = run(pool, model, num_stages, virtual=True, **more)
+    assert_equal(run(pool, model, num_stages, **more), expected, 1e-6)
     if model.__name__ in RERUN:
         assert_equal(run(pool, model, num_stages, backward="recompute"), expected, 1e-6)
 
@@ -50,6 +52,17 @@ def test_a_shape_that_cannot_be_known_is_an_error_even_where_no_value_arrives(po
     results = pool.try_run(fit, 2, ReadsAGlobal, models.vectors, {"num_stages": 2, "split_at": SPLITS[2]}, 2)
     assert "but stage 0 saw another one than stage 1" in results[0].message
     assert all(isinstance(result, Failure) for result in results)
+
+
+def test_a_loop_that_reads_values_belongs_to_the_last_stage(pool: WorkerPool) -> None:
+    assert_equal(run(pool, ReadsInALoop, 2), run(pool, ReadsInALoop, 2, virtual=True), 1e-6)
+    results = pool.try_run(fit, 2, ReadsInALoop, models.vectors, {"num_stages": 2, "split_at": ["third"]}, 2)
+    assert all(isinstance(result, Failure) for result in results)
+    says = (
+        r"`third` on stage 1 used .* made by `second` of stage 0, which is not here\. A step may call only modules of"
+    )
+    says += r".*`item` reads .*habits_arguments\.py:\d+\).*`split_at`"
+    assert any(re.search(says, result.message) for result in results), results
 
 
 @pytest.mark.parametrize("backward", ["stash", "recompute"])

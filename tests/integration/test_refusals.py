@@ -266,7 +266,10 @@ class Explodes(models.MLP):
         (ClosureTwice, ["closure was called again for the same batch", "first-order"]),
         (ReturnsNone, ["`training_step` must return a loss on every batch, but it returned None"]),
         (SometimesNone, ["`training_step` must return a loss on every batch, but it returned None"]),
-        (BranchesEarly, ["can be cut in 0 places", "The step could be read only up to a point: `__bool__` reads"]),
+        (
+            BranchesEarly,
+            ["can be cut in 0 places", "What comes after a value is read belongs to the last stage: `__bool__` reads"],
+        ),
         (DifferentiatesItself, ["`torch.autograd.grad` was called on", "made by inp", "return a loss"]),
         (DependsOnRank, ["must make the same plan, but they disagree", "independent of the rank"]),
     ],

@@ -184,3 +184,49 @@ def test_too_many_uses_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     cuts = cuts_of(Loop(), (torch.randn(4, 8),))
     assert len(cuts.units) == 8
     assert "`one.weight` is used again and again, more than 3 times" in " ".join(cuts.obstacles.values())
+
+
+class Decodes(nn.Module):
+    """Calls the same modules again after it has written into a tensor of its own, or read a value."""
+
+    def __init__(self, num_steps: int = 5, reads: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.embedding, self.cell = nn.Linear(4, 4), nn.Embedding(4, 4), nn.GRUCell(4, 4)
+        self.num_steps, self.reads = num_steps, reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = self.encoder(x), torch.zeros(self.num_steps, *x.shape)
+        for i in range(self.num_steps):
+            h = self.cell(self.embedding(torch.arange(len(x)) % 4), h)
+            outputs[i] = h
+            if self.reads and h.sum() > 100:
+                break
+        return outputs.mean()
+
+
+def test_a_loop_that_writes_into_a_tensor_of_its_own_is_one_stage() -> None:
+    plans = {}
+    for num_steps in (2, 20):
+        module = Decodes(num_steps)
+        trace = trace_step(lambda _, module=module: module(torch.randn(8, 4)), module, CPU)  # type: ignore[misc]
+        plans[num_steps] = make_plan(trace, module, 2)
+        assert plans[num_steps].stage_of("embedding.weight") == plans[num_steps].stage_of("cell.bias_hh") == (1,)
+        with pytest.raises(PlanError, match=r"can be cut in 1 places. What comes after a value is read .*test_cut.py:"):
+            make_plan(trace, module, 3)
+        with pytest.raises(PlanError, match=r"`embedding.weight` is used again after a value was read. What comes"):
+            make_plan(trace, module, 2, ["cell"])
+    few, many = (plans[num_steps].stages[1].cost for num_steps in (2, 20))
+    assert many > 5 * few
+
+
+def test_a_module_that_is_called_only_after_a_value_is_read_cannot_be_known() -> None:
+    class Reads(models.MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.hidden[0](self.inp(x))
+            assert x.sum().item() < 1000
+            return self.out(self.hidden[1](x))
+
+    module = Reads()
+    trace = trace_step(lambda _: module(torch.randn(4, 8)), module, CPU)
+    with pytest.raises(PlanError, match=r"it does not call `out`. What comes after a value is read .*`item` reads"):
+        make_plan(trace, module, 2, ["out"])

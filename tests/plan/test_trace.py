@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Callable
@@ -288,7 +289,28 @@ def test_errors_of_the_user_stay_what_they_are() -> None:
 
 def test_writing_into_a_fresh_tensor() -> None:
     index = torch.tensor([1, 0])
-    stopped = trace(Applies(lambda x: torch.zeros(x.shape).index_add_(0, index, x)), torch.randn(2, 4)).stopped
+    seen = trace(Applies(lambda x: torch.zeros(x.shape).index_add_(0, index, x).exp()), torch.randn(2, 4))
+    assert seen.read is not None
+    assert re.search(r"`index_add_` reads .* made by linear to write it.*`x.new_zeros.*test_trace.py", seen.read)
+    assert seen.stopped is None
+    assert [op.name for op in seen.ops if op.time >= seen.read_at] == ["index_add_", "exp"]
+    assert trace(Applies(lambda x: x.new_zeros(x.shape).index_add_(0, index, x)), torch.randn(2, 4)).read is None
+
+
+@pytest.mark.parametrize(
+    "read", [Tensor.tolist, lambda x: float(x[1, 0]), lambda x: x.view(-1).numpy(), lambda x: copy.deepcopy(x)]
+)
+def test_a_fresh_tensor_has_no_values_once_it_has_been_written_into(read: Callable[[Tensor], Any]) -> None:
+    def write(x: Tensor) -> Tensor:
+        fresh = torch.zeros(3, 4)
+        row = fresh[1]
+        assert read(fresh) is not None
+        fresh[0] = x[0]
+        row *= 2
+        read(fresh)
+        raise AssertionError("A value that is not there has been read.")
+
+    stopped = trace(Applies(write), torch.randn(2, 4)).stopped
     assert stopped is not None
-    assert re.search(r"`index_add_` reads .* made by linear to write it.*`x.new_zeros", stopped)
-    assert trace(Applies(lambda x: x.new_zeros(x.shape).index_add_(0, index, x)), torch.randn(2, 4)).stopped is None
+    assert "reads the value of a" in stopped
+    assert "to write it" not in stopped
