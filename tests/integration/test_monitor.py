@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dgmp import DelayedMPMonitor, DelayedMPStrategy
-from lightning_dgmp.reports import saved_by
+from lightning_dgmp.reports import Reporter, saved_by
 from lightning_dgmp.timing import KINDS
 from tests import models
 from tests.pool import WorkerPool
@@ -262,6 +262,48 @@ def test_the_monitor_never_stops_a_training(pool: WorkerPool, monkeypatch: pytes
                     log_every_n_steps=5)  # fmt: skip
     assert said[0] == ["The pipeline's monitor could not log: OSError: the disk is full"]
     assert said[1] == []
+
+
+def train_with_failing_reports(folder: str) -> list[str]:
+    """That of step 10 fails on the first of two stages, that of step 25 on the last."""
+    distance = Reporter._snapshot_distance
+
+    def failing(self: Reporter) -> Tensor:
+        if self._runner.num_forwards == (25 if self._runner.is_last else 10):
+            raise OverflowError("too much to report")
+        return distance(self)
+
+    with patch.object(Reporter, "_snapshot_distance", failing):
+        return train(folder, 2, (0.001, 0.001), log_every_n_steps=5)
+
+
+def test_a_report_that_fails_is_left_out(pool: WorkerPool, tmp_path: Path) -> None:
+    said = pool.run(train_with_failing_reports, 2, str(tmp_path))
+    for texts, stage in zip(said, (1, 0)):
+        assert f"The pipeline's monitor failed on stage {stage}: OverflowError: too much to report" in texts
+    assert [event.step for event in events(tmp_path).Scalars("pipeline/period")] == [5, 15, 20, 30, 34]
+
+
+class Masks(models.MLP):
+    """With weights that are no numbers to train: what is pruned, and what is quantised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.hidden:
+            layer.mask = nn.Parameter(torch.ones(16, dtype=torch.bool), requires_grad=False)
+            layer.scale = nn.Parameter(torch.ones(16, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.inp(x))
+        for layer in self.hidden:
+            x = torch.tanh(layer(x)) * layer.mask * layer.scale
+        return self.out(x)
+
+
+def test_weights_that_are_not_trained_have_no_distance(pool: WorkerPool) -> None:
+    args = {"callbacks": [DelayedMPMonitor()], "limit_train_batches": 6}
+    rows = pool.run(fit, 2, Masks, models.vectors, {"num_stages": 2}, 2, **args)[0].rows
+    assert [row["stage_0/snapshot_distance"] for _, row in rows if "stage_0/snapshot_distance" in row][-1] > 0
 
 
 def norms_of_stages(max_norm: float | None) -> list[list[float]]:
