@@ -6,12 +6,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_dgmp.__main__ import main
+from lightning_dgmp.running import start_children_alike
 from tests.scripts import ROOT
 from tests.scripts import run as run_script
 
@@ -255,6 +257,21 @@ def test_run_needs_no_import(tmp_path: Path) -> None:
     done = run_script(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rank (\d) of 2 made 34 steps", done.stdout)) == ["0", "1"]  # lines may run into another
+
+
+def test_children_of_hydra_scripts_run_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder and with the overrides that Lightning gives them."""
+
+    def of_hydra(local_rank: int) -> tuple[list[str], str]:
+        return [sys.executable, "/project/train.py", "epochs=1", f"hydra.job.name=train_ddp_process_{local_rank}"], "/"
+
+    command = [sys.executable, "-m", "lightning_dgmp", "run", "/project/train.py"]
+    monkeypatch.setattr("lightning_dgmp.running._command", command)
+    launchers = SimpleNamespace(_basic_subprocess_cmd=None, _hydra_subprocess_cmd=of_hydra)
+    for _ in range(2):  # as several trainers do
+        start_children_alike(launchers)
+    expected = [*command, "epochs=1", "hydra.job.name=train_ddp_process_3"], "/"
+    assert launchers._hydra_subprocess_cmd(local_rank=3) == launchers._hydra_subprocess_cmd(3) == expected
 
 
 def test_run_leaves_errors_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
