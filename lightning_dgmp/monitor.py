@@ -116,7 +116,8 @@ class DelayedMPMonitor(Callback):
             self._is_tracing = True
             reporter.mark(time.time() if step == first else 0.0)  # otherwise training began within
         ends_trace = self._is_tracing and step == end and self._trace_ends_with is None
-        is_due = trainer._logger_connector.should_update_logs or trainer.is_last_batch or ends_trace
+        is_last = trainer.is_last_batch or step == trainer.max_steps
+        is_due = trainer._logger_connector.should_update_logs or is_last or ends_trace
         if is_due and not trainer.fit_loop._should_accumulate():
             if ends_trace:
                 self._trace_ends_with = step

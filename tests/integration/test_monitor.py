@@ -133,19 +133,19 @@ def test_the_monitor_names_the_slow_stage(pool: WorkerPool, tmp_path: Path) -> N
     assert not said[2]
 
 
-def lines_of_epochs(num_batches: int, max_epochs: int) -> list[str]:
+def lines_of_epochs(num_batches: int, max_epochs: int, max_steps: int) -> list[str]:
     """Those of a training without a logger."""
     said: list[str] = []
     with patch("lightning_dgmp.monitor.rank_zero_info", said.append):
         fit(models.MLP, models.vectors, {"num_stages": 2}, 2, logger=False, limit_train_batches=num_batches,
-            max_epochs=max_epochs, log_every_n_steps=50)  # fmt: skip
+            max_epochs=max_epochs, max_steps=max_steps, log_every_n_steps=50)  # fmt: skip
     return said
 
 
-@pytest.mark.parametrize("num_batches", [3, 12])
-def test_each_epoch_has_a_line(pool: WorkerPool, num_batches: int) -> None:
-    """Also where there is no logger, and an epoch has one report."""
-    said = pool.run(lines_of_epochs, 2, num_batches, 2)
+@pytest.mark.parametrize(("num_batches", "max_steps"), [(3, -1), (12, -1), (12, 15)])
+def test_each_epoch_has_a_line(pool: WorkerPool, num_batches: int, max_steps: int) -> None:
+    """Also where there is no logger, and an epoch has one report, or ends early."""
+    said = pool.run(lines_of_epochs, 2, num_batches, 2, max_steps)
     assert [line.partition(" takes")[0] for line in said[0]] == ["Epoch 0: a batch", "Epoch 1: a batch"]
     assert said[1] == []
 
