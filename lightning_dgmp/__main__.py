@@ -6,8 +6,9 @@ import json
 import sys
 from argparse import REMAINDER, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from traceback import format_exc
 from typing import Any
 
 __all__ = ["main"]
@@ -130,11 +131,17 @@ def _save(path: Path, draw: str, *args: Any) -> None:
 def _plan(args: Namespace) -> None:
     from lightning_dgmp import planning
 
-    with _refusing(ValueError):
-        module = planning.make(args.module, "The module", args.args, planning.LightningModule)
-        data = None if args.data is None else planning.make_data(args.data, args.data_args)
-    with _refusing(*planning.REFUSALS):
-        trace = planning.trace_of(module, data)
+    with redirect_stdout(sys.stderr):  # what the project prints is no part of the plan
+        with _refusing(ValueError):
+            module = planning.make(args.module, "The module", args.args, planning.LightningModule)
+            data = None if args.data is None else planning.make_data(args.data, args.data_args)
+        try:
+            with _refusing(*planning.REFUSALS):
+                trace = planning.trace_of(module, data)
+        except _Refused:
+            raise
+        except Exception as error:
+            raise _Refused(f"{planning.place_of(error)} raised {planning.text_of(error)}\n\n{format_exc()}") from error
     plans = planning.plans_of(trace, module, args.stages)
     found = [planning.as_json(number, plan) for number, plan in plans.items()]
     if args.json:
@@ -150,6 +157,8 @@ def _plan(args: Namespace) -> None:
 def _simulate(args: Namespace) -> None:
     from lightning_dgmp import simulator
 
+    if not 0 <= args.latency < float("inf"):
+        raise _Refused(f"`latency` must be at least 0 ms and finite, but is {args.latency:g} ms.")
     with _refusing(ValueError):
         costs = simulator.costs_of(args.forward, args.backward, args.update, args.bytes)
         link = simulator.Link(args.latency / 1000, args.bandwidth)

@@ -83,7 +83,7 @@ def advice_for(reports: Sequence[Report]) -> str | None:
     if efficiency(reports) > _BUSY:
         return text + (
             f"stage {slowest} computes in {100 * efficiency(reports):.0f} % of the time, so the others wait for it."
-            " Move modules away from it with `split_at`, or use fewer stages."
+            ' Move modules away from it with `balance="measured"` or `split_at`, or use fewer stages.'
         )
     if others > _LONG_WAIT:
         return text + (

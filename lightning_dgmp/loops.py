@@ -229,6 +229,8 @@ class _DelayedFitLoop(_WithStrategy, _FitLoop):
 
     @override
     def on_advance_start(self) -> None:
+        if self._strategy.can_rebalance:  # perhaps nothing else flushes
+            self._strategy.flush()
         with self._strategy.whole_optimizers():  # finetuning callbacks look and store which parameters they have
             super().on_advance_start()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from lightning_dgmp.account import advice_for, scalars_of, summary_of
-from lightning_dgmp.host import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_info, rank_zero_warn
+from lightning_dgmp.host import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_info
 from lightning_dgmp.reports import Report, Reporter
 from lightning_dgmp.traces import write_trace
+from lightning_dgmp.world import PeerError
 
 if TYPE_CHECKING:
     from lightning_dgmp.plan.plan import Plan
@@ -113,11 +116,13 @@ class DelayedMPMonitor(Callback):
             self._is_tracing = True
             reporter.mark(time.time() if step == first else 0.0)  # otherwise training began within
         ends_trace = self._is_tracing and step == end and self._trace_ends_with is None
-        is_due = trainer._logger_connector.should_update_logs or trainer.is_last_batch or ends_trace
+        is_last = trainer.is_last_batch or step == trainer.max_steps
+        is_due = trainer._logger_connector.should_update_logs or is_last or ends_trace
         if is_due and not trainer.fit_loop._should_accumulate():
             if ends_trace:
                 self._trace_ends_with = step
-            reporter.report(step, trainer.accumulate_grad_batches, None if ends_trace else _SPANS_SHOWN)
+            with self._going_on(f"failed on stage {strategy.stage}"):
+                reporter.report(step, trainer.accumulate_grad_batches, None if ends_trace else _SPANS_SHOWN)
         if strategy.is_global_zero:
             self._show(trainer, reporter)
 
@@ -146,14 +151,12 @@ class DelayedMPMonitor(Callback):
                 )
 
     def _show(self, trainer: Trainer, reporter: Reporter) -> None:
-        for reports in reporter.complete():
-            self._say_epoch(reports[0].step - 1)
-            try:
-                self._show_one(trainer, reports)
-            except Exception as error:
-                self._say(f"The pipeline's monitor could not log: {type(error).__name__}: {error}")
-
-        self._say_epoch(reporter.known_until)
+        with self._going_on("could not log"):
+            for reports in reporter.complete():
+                self._say_epoch(reports[0].step - 1)
+                with self._going_on("could not log"):
+                    self._show_one(trainer, reports)
+            self._say_epoch(reporter.known_until)
 
     def _say_epoch(self, known_until: float) -> None:
         """The line of an epoch, as soon as its last report is there."""
@@ -206,17 +209,25 @@ class DelayedMPMonitor(Callback):
             self._say("The pipeline's monitor draws with matplotlib, which is missing: `pip install matplotlib`.")
             return
         self._has_drawn = True
-        try:
+        with self._going_on("could not draw"):
             for logger in loggers:
                 logger.experiment.add_figure(f"pipeline/{name}", draw(pictures), step)
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Let what fails be a warning, unless another process has failed."""
+        try:
+            yield
+        except PeerError:
+            raise
         except Exception as error:
-            self._say(f"The pipeline's monitor could not draw: {type(error).__name__}: {error}")
+            self._say(f"The pipeline's monitor {what}: {type(error).__name__}: {error}")
 
     def _say(self, warning: str, key: str | None = None) -> None:
-        """Once."""
+        """Once, on any process."""
         if (key or warning) not in self._said:
             self._said.add(key or warning)
-            rank_zero_warn(warning)
+            warnings.warn(warning, stacklevel=2)
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -64,8 +64,10 @@ def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "", num_batches
                 continue
             kinds.setdefault(span.kind)
             axes.barh(stage, 1000 * length, left=1000 * (start - begin), height=0.8, **_look(span.kind))
-            if span.kind in ("forward", "backward", "inputs") and length > len(str(span.batch)) * width_of_digit:
-                middle = 1000 * (start - begin + length / 2)
+            first, end_of_first = _longest_work(start, span.end, spans)
+            is_wide = end_of_first - first > len(str(span.batch)) * width_of_digit
+            if span.kind in ("forward", "backward", "inputs") and is_wide:
+                middle = 1000 * ((first + end_of_first) / 2 - begin)
                 axes.text(middle, stage, str(span.batch), ha="center", va="center", fontsize=_FONT - 2)
     axes.set_yticks(range(len(stages)), [f"stage {stage}" for stage in range(len(stages))])
     axes.set_ylim(len(stages) - 0.5, -0.5)
@@ -76,6 +78,13 @@ def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "", num_batches
                   loc="outside lower center", ncols=round(figure.get_figwidth() / 1.6), fontsize=_FONT - 1,
                   frameon=False)  # fmt: skip
     return figure
+
+
+def _longest_work(start: float, end: float, spans: Sequence[Span]) -> tuple[float, float]:
+    """The longest stretch between ``start`` and ``end`` without a wait."""
+    waits = sorted(s[2:] for s in spans if s.kind in _HATCHES and s.start < end and s.end > start)
+    edges = [start, *(edge for wait in waits for edge in wait), end]
+    return max(zip(edges[::2], edges[1::2]), key=lambda stretch: stretch[1] - stretch[0])
 
 
 def draw_balance(plan: Plan, backward: str = "stash") -> Figure:

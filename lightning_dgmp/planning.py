@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -31,8 +33,10 @@ __all__ = [
     "make",
     "make_data",
     "memory_of",
+    "place_of",
     "plans_of",
     "predict_plan",
+    "text_of",
     "trace_of",
 ]
 
@@ -49,6 +53,7 @@ def _load(spec: str, what: str) -> Any:
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
         raise ValueError(f"{what} must be given as `package.module:Name` or `script.py:Name`, but is {spec!r}.")
+    argv, sys.argv = sys.argv, [place]  # those of the command are not for it
     try:
         if place.endswith(".py"):
             path = Path(place).resolve()
@@ -62,7 +67,14 @@ def _load(spec: str, what: str) -> Any:
             sys.path.insert(0, "")
             module = importlib.import_module(place)
     except Exception as error:
-        raise ValueError(f"{what} is {spec!r}, but `{place}` cannot be imported: {_text(error)}") from error
+        raise ValueError(f"{what} is {spec!r}, but `{place}` cannot be imported: {text_of(error)}") from error
+    except SystemExit:
+        raise ValueError(
+            f"{what} is {spec!r}, but `{place}` ends the process when it is imported, as scripts do that parse"
+            ' arguments. Let it do that under `if __name__ == "__main__":` alone, or name a module that does not.'
+        ) from None
+    finally:
+        sys.argv = argv
     try:
         return getattr(module, name)
     except AttributeError:
@@ -81,7 +93,7 @@ def make(spec: str, what: str, arguments: dict[str, Any], kind: type | None = No
         try:
             found = found(**arguments)
         except Exception as error:
-            raise ValueError(f"{what} is {spec!r}, but calling it failed: {_text(error)}") from error
+            raise ValueError(f"{what} is {spec!r}, but calling it failed: {text_of(error)}") from error
     if kind is not None and not isinstance(found, kind):
         raise ValueError(f"{what} must be a `{kind.__name__}`, but {spec!r} is a `{type(found).__name__}`.")
     return found
@@ -184,5 +196,15 @@ def describe(plan: Plan, told: dict[str, Any]) -> str:
     )
 
 
-def _text(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
+    """The file and the line of the project's code from which an error comes."""
+    libraries = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+    foreign = {Path(__file__).parent, *libraries}
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if foreign.isdisjoint(Path(frame.filename).parents)]
+    return "{0.filename}:{0.lineno}".format((own or frames)[-1])
+
+
+def text_of(error: BaseException) -> str:
+    """Its type and what it says."""
     return f"{type(error).__name__}: {error}"

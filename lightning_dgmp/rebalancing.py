@@ -21,10 +21,10 @@ from lightning_dgmp.stage.shadow import Shadow, restore
 from lightning_dgmp.timing import Span
 from lightning_dgmp.world import World
 
-__all__ = ["KeptState", "Measurement", "better_plan", "busy_in", "move_parameters", "wait_for_device"]
+__all__ = ["MIN_BATCHES", "KeptState", "Measurement", "better_plan", "busy_in", "move_parameters", "wait_for_device"]
 
 _GAIN = 0.05  # of the slowest stage's time, for which it is worth to move
-_MIN_BATCHES = 8  # to be measured
+MIN_BATCHES = 8  # to be measured
 _INSIDE = ("wait_activation", "wait_error", "wait_send")  # of what is measured
 
 
@@ -44,7 +44,7 @@ def busy_in(spans: Iterable[Span], first_batch: int) -> float | None:
     """The seconds in which a stage computes for a batch, of those from ``first_batch`` on; ``None`` for too few."""
     counted = [span for span in spans if span.batch >= first_batch]
     num_batches = sum(span.kind == "forward" for span in counted)
-    if num_batches < _MIN_BATCHES:
+    if num_batches < MIN_BATCHES:
         return None
     signs = {"forward": 1, "backward": 1, "update": 1, **dict.fromkeys(_INSIDE, -1)}
     return sum(signs.get(span.kind, 0) * (span.end - span.start) for span in counted) / num_batches

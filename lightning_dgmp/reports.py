@@ -100,8 +100,25 @@ class Reporter:
             updates_each: Over how many batches gradients are accumulated.
             max_spans: How many spans go with it at most; ``None``: all since :meth:`mark`.
         """
+        tensors: list[Tensor] = []  # the others must not wait for a report that cannot be made
+        try:
+            tensors = self._measured(updates_each, max_spans)
+        finally:
+            message = Message(step, 0, [*tensors])
+            if self._runner.is_last:
+                self._take(self._last, message)
+            else:
+                self._transport.send(REPORTS, self._last, message)
+
+    def _measured(self, updates_each: int, max_spans: int | None) -> list[Tensor]:
         runner = self._runner
         seconds, total = self._clock.take()
+        spans = [span for span in self._clock.spans if max_spans is not None or span.start >= self._marked]
+        if max_spans is None:
+            self._clock.keep_all(False)
+        else:
+            spans = spans[-max_spans:]
+        rows = torch.tensor([[KINDS.index(s.kind), *s[1:]] for s in spans], dtype=torch.float64).reshape(-1, 4)
         iterations = max(runner.num_forwards - self._batches_before, 1)
         sent = self._transport.bytes_sent - self._bytes_before
         self._bytes_before, self._batches_before = self._transport.bytes_sent, runner.num_forwards
@@ -117,27 +134,19 @@ class Reporter:
             self._activation_bytes() * len(runner.in_flight),
         ]
         host = torch.tensor(plain, dtype=torch.float64)
-        device = torch.stack(
-            [_norm(runner.gradients(), runner), self._snapshot_distance()]
-        )  # without waiting for a device
-        spans = [span for span in self._clock.spans if max_spans is not None or span.start >= self._marked]
-        if max_spans is None:
-            self._clock.keep_all(False)
-        else:
-            spans = spans[-max_spans:]
-        rows = torch.tensor([[KINDS.index(s.kind), *s[1:]] for s in spans], dtype=torch.float64).reshape(-1, 4)
-        message = Message(step, 0, [host, device, rows])
-        if runner.is_last:
-            self._take(self._last, message)
-        else:
-            self._transport.send(REPORTS, self._last, message)
+        norms = [_norm(runner.gradients(), runner), self._snapshot_distance()]
+        return [host, torch.stack(norms), rows]  # without waiting for a device
 
     def complete(self) -> list[list[Report]]:
-        """On the last stage: what all stages have sent since this was asked last, input first, oldest first."""
+        """On the last stage: what all stages have sent since this was asked last, input first, oldest first.
+
+        What one of them could not report is left out.
+        """
         arrived_now = list(self._arrived.items())  # threads go on
         done = sorted(step for step, messages in arrived_now if len(messages) == self._last + 1)
         arrived = [self._arrived.pop(step) for step in done]
-        return [[_read(messages[stage]) for stage in range(self._last + 1)] for messages in arrived]
+        whole = [messages for messages in arrived if all(message.tensors for message in messages.values())]
+        return [[_read(messages[stage]) for stage in range(self._last + 1)] for messages in whole]
 
     @property
     def known_until(self) -> float:
@@ -160,7 +169,8 @@ class Reporter:
     def _snapshot_distance(self) -> Tensor:
         runner = self._runner
         old = runner.in_flight[0].parameters if runner.in_flight else {}
-        pairs = [(runner.own[name].detach(), value.detach()) for name, value in old.items() if name in runner.own]
+        trained = {name: p for name, p in runner.own.items() if p.requires_grad}  # others may be masks
+        pairs = [(trained[name].detach(), value.detach()) for name, value in old.items() if name in trained]
         if not pairs:
             return torch.zeros((), device=runner.device)
         today = [now for now, _ in pairs]

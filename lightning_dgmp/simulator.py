@@ -270,7 +270,7 @@ def costs_of(
     """The costs of stages from lists of milliseconds and bytes; one of a single number holds for all.
 
     Raises:
-        ValueError: If they are not equally long.
+        ValueError: If they are not equally long, or a number is negative or infinite.
     """
     number = len(forward)
     columns = []
@@ -280,6 +280,10 @@ def costs_of(
                 f"There must be as many numbers of each kind as stages, {number} for `forward`, but there are"
                 f" {len(column)} for `{name}`."
             )
+        unit = "bytes" if name == "bytes" else "ms"
+        for one in column:
+            if not 0 <= one < float("inf"):
+                raise ValueError(f"`{name}` of a stage must be at least 0 and finite, but is {one:g} {unit}.")
         columns.append(column if len(column) == number else [column[0]] * number)
     return [StageCost(f / 1000, b / 1000, u / 1000, n) for f, b, u, n in zip(*columns)]
 

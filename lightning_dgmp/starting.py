@@ -35,7 +35,15 @@ from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.restore import attributes_saved
 from lightning_dgmp.plan.trace import trace_step
 from lightning_dgmp.precision import StageGradScaler, VirtualGradScaler
-from lightning_dgmp.rebalancing import KeptState, Measurement, better_plan, busy_in, move_parameters, wait_for_device
+from lightning_dgmp.rebalancing import (
+    MIN_BATCHES,
+    KeptState,
+    Measurement,
+    better_plan,
+    busy_in,
+    move_parameters,
+    wait_for_device,
+)
 from lightning_dgmp.remedies import Moment, Updates
 from lightning_dgmp.reports import Reporter
 from lightning_dgmp.stage.averaging import BufferSlot
@@ -236,6 +244,24 @@ class StartingStrategy(EvaluatingStrategy):
         yield
         wait_for_device(self.root_device)
         self._call_seconds[path] = self._call_seconds.get(path, 0.0) + time.perf_counter() - begin
+
+    @property
+    def can_rebalance(self) -> bool:
+        """Whether enough is measured for cuts to move at a flush; between two batches it is the same on all stages."""
+        return (
+            self._measured_from is not None
+            and self.runner is not None
+            and self.runner.num_forwards >= self._measured_from + MIN_BATCHES
+        )
+
+    def end_measuring(self) -> None:
+        """Let cuts stay from now on."""
+        if self._measured_from is not None:
+            rank_zero_warn(
+                "`balance='measured'` moves cuts before the next validation, checkpoint or epoch after the first"
+                " iterations, but training has ended before. Set `val_check_interval`, or train for more epochs."
+            )
+        self._measured_from = None
 
     def rebalance(self) -> None:
         """At a flush, where all stages are: move cuts if what was measured makes it worth."""

@@ -84,8 +84,8 @@ class DelayedMPStrategy(StartingStrategy):
         synchronous_steps: So many steps without delays come first: stages wait for each other (T3 of PipeMare, and the
             warm-up of Ouroboros).
         balance: By what cuts make the stages equal: ``"flops"``, a guess from the trace; ``"measured"``, the times of
-            the first iterations, by which cuts move at the next flush if that makes the slowest stage faster by more
-            than 5 %.
+            the first iterations, by which cuts move before the next validation, checkpoint or epoch if that makes the
+            slowest stage faster by more than 5 %.
         slack: So many batches more than necessary are in flight between neighbours, to hide a link that is slow beside
             a batch; each makes gradients older by as many batches for every stage that follows.
         message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by
@@ -351,7 +351,7 @@ class DelayedMPStrategy(StartingStrategy):
 
     def finish_training(self) -> None:
         """Flush and leave the whole model on every process."""
-        self._measured_from = None
+        self.end_measuring()
         self.flush()
         if self._pipeline is not None:
             self._pipeline.close()

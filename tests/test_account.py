@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from lightning_dgmp.account import advice_for, efficiency, period, scalars_of, speedup, summary_of
+from lightning_dgmp.pictures import draw_timeline
 from lightning_dgmp.reports import Report
-from lightning_dgmp.timing import KINDS
+from lightning_dgmp.timing import KINDS, Span
 
 
 def report(period: float = 0.1, **shares: float) -> Report:
@@ -46,6 +47,7 @@ def test_the_names_of_scalars() -> None:
         ([SLOW, SLOW], None),
         ([FAST, SLOW], "Stage 0 of the pipeline waits for an error in 45 % of the time: stage 1 computes in 96 %"),
         ([SLOW, report(forward=0.2, wait_activation=0.7)], "Stage 1 of the pipeline waits for an activation in 70 %"),
+        ([FAST, SLOW], 'with `balance="measured"`'),
         (
             [report(forward=0.2, backward=0.4, wait_data=0.3), report(forward=0.2, backward=0.4, wait_activation=0.35)],
             "Stage 1 of the pipeline waits for an activation in 35 % of the time: stage 0 waits for its data loader",
@@ -63,3 +65,10 @@ def test_the_names_of_scalars() -> None:
 def test_advice_follows_from_where_a_stage_waits(reports: Any, advice: str | None) -> None:
     said = advice_for(reports)
     assert (said is None) if advice is None else (said is not None and advice in said), said
+
+
+def test_the_number_of_a_batch_stands_beside_waits() -> None:
+    spans = [Span("forward", 7, 0.0, 10.0), Span("wait_activation", 7, 1.0, 8.0), Span("wait_send", 7, 9.5, 9.8)]
+    figure = draw_timeline([spans])
+    (number,) = figure.axes[0].texts
+    assert (number.get_text(), number.get_position()) == ("7", (pytest.approx(8750), 0))

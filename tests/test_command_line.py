@@ -6,12 +6,14 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_dgmp.__main__ import main
+from lightning_dgmp.running import start_children_alike
 from tests.scripts import ROOT
 from tests.scripts import run as run_script
 
@@ -125,6 +127,63 @@ def test_what_training_refuses_a_plan_refuses(capsys: pytest.CaptureFixture[str]
     assert "needs automatic optimization" in err
 
 
+PROJECT = """
+from lightning.pytorch import LightningDataModule
+from tests import models
+print("as it is imported")
+class Failing(models.MLP):
+    def training_step(self, batch, batch_idx):
+        raise KeyError("no such column")
+class Printing(models.MLP):
+    def training_step(self, batch, batch_idx):
+        print("a step")
+        return super().training_step(batch, batch_idx)
+class Data(LightningDataModule):
+    def setup(self, stage):
+        raise OSError("no such folder")
+"""
+
+
+def test_only_the_plan_is_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "printing.py").write_text(PROJECT)
+    argv = ["plan", f"{tmp_path}/printing.py:Printing", "--data", "tests.models:vectors", "--stages", "2", "--json"]
+    code, out, err = run(capsys, *argv)
+    assert code == 0
+    assert json.loads(out)[0]["num_stages"] == 2
+    assert "as it is imported" in err
+    assert "a step" in err
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "error", "line"),
+    [
+        ("failing.py:Failing", "tests.models:vectors", "KeyError: 'no such column'", 7),
+        ("tests.models:MLP", "failing.py:Data", "OSError: no such folder", 14),
+    ],
+)
+def test_errors_of_a_project_name_their_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, data: str,
+    error: str, line: int,
+) -> None:  # fmt: skip
+    (tmp_path / "failing.py").write_text(PROJECT)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "plan", module, "--data", data)
+    assert code == 1
+    assert f"plan: {tmp_path}/failing.py:{line} raised {error}\n" in err
+    assert "Traceback" in err.partition(error)[2]
+
+
+def test_scripts_that_parse_arguments_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    script = tmp_path / "parsing.py"
+    script.write_text(
+        "import argparse\np = argparse.ArgumentParser()\np.add_argument('--lr', required=True)\np.parse_args()"
+    )
+    code, _, err = run(capsys, "plan", f"{script}:Model", "--stages", "2")
+    assert code == 1
+    assert "usage: parsing.py" in err
+    assert "ends the process when it is imported, as scripts do that parse arguments. Let it" in err
+
+
 # ----- simulate
 
 
@@ -144,7 +203,8 @@ def test_simulate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["--forward", "-1", "--backward", "2"], "`forward` of a stage must be at least 0"),
+        (["--forward", "-1", "--backward", "2"], "`forward` of a stage must be at least 0 and finite, but is -1 ms"),
+        (["--forward", "1", "--backward", "2", "--latency", "-5"], "at least 0 ms and finite, but is -5 ms"),
         (
             ["--forward", "inf", "1", "--backward", "2"],
             "at least 0 and finite, but is inf",
@@ -255,6 +315,21 @@ def test_run_needs_no_import(tmp_path: Path) -> None:
     done = run_script(command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rank (\d) of 2 made 34 steps", done.stdout)) == ["0", "1"]  # lines may run into another
+
+
+def test_children_of_hydra_scripts_run_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder and with the overrides that Lightning gives them."""
+
+    def of_hydra(local_rank: int) -> tuple[list[str], str]:
+        return [sys.executable, "/project/train.py", "epochs=1", f"hydra.job.name=train_ddp_process_{local_rank}"], "/"
+
+    command = [sys.executable, "-m", "lightning_dgmp", "run", "/project/train.py"]
+    monkeypatch.setattr("lightning_dgmp.running._command", command)
+    launchers = SimpleNamespace(_basic_subprocess_cmd=None, _hydra_subprocess_cmd=of_hydra)
+    for _ in range(2):  # as several trainers do
+        start_children_alike(launchers)
+    expected = [*command, "epochs=1", "hydra.job.name=train_ddp_process_3"], "/"
+    assert launchers._hydra_subprocess_cmd(local_rank=3) == launchers._hydra_subprocess_cmd(3) == expected
 
 
 def test_run_leaves_errors_as_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -132,6 +132,10 @@ def test_children_of_a_script_are_started_by_a_function_of_their_module() -> Non
     source = inspect.getsource(subprocess_script._SubprocessScriptLauncher._call_children_scripts)
     assert "command = _basic_subprocess_cmd()" in source
     assert callable(subprocess_script._basic_subprocess_cmd)
+    assert "command, cwd = _hydra_subprocess_cmd(local_rank)" in source
+    of_hydra = inspect.getsource(subprocess_script._hydra_subprocess_cmd)
+    assert "command = [sys.executable, to_absolute_path(sys.argv[0])]" in of_hydra
+    assert "return command, cwd" in of_hydra
 
 
 def test_an_evaluation_synchronises_what_ddp_does_not_ignore() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dgmp import DelayedMPMonitor, DelayedMPStrategy
-from lightning_dgmp.reports import saved_by
+from lightning_dgmp.reports import Reporter, saved_by
 from lightning_dgmp.timing import KINDS
 from tests import models
 from tests.pool import WorkerPool
@@ -133,19 +133,19 @@ def test_the_monitor_names_the_slow_stage(pool: WorkerPool, tmp_path: Path) -> N
     assert not said[2]
 
 
-def lines_of_epochs(num_batches: int, max_epochs: int) -> list[str]:
+def lines_of_epochs(num_batches: int, max_epochs: int, max_steps: int) -> list[str]:
     """Those of a training without a logger."""
     said: list[str] = []
     with patch("lightning_dgmp.monitor.rank_zero_info", said.append):
         fit(models.MLP, models.vectors, {"num_stages": 2}, 2, logger=False, limit_train_batches=num_batches,
-            max_epochs=max_epochs, log_every_n_steps=50)  # fmt: skip
+            max_epochs=max_epochs, max_steps=max_steps, log_every_n_steps=50)  # fmt: skip
     return said
 
 
-@pytest.mark.parametrize("num_batches", [3, 12])
-def test_each_epoch_has_a_line(pool: WorkerPool, num_batches: int) -> None:
-    """Also where there is no logger, and an epoch has one report."""
-    said = pool.run(lines_of_epochs, 2, num_batches, 2)
+@pytest.mark.parametrize(("num_batches", "max_steps"), [(3, -1), (12, -1), (12, 15)])
+def test_each_epoch_has_a_line(pool: WorkerPool, num_batches: int, max_steps: int) -> None:
+    """Also where there is no logger, and an epoch has one report, or ends early."""
+    said = pool.run(lines_of_epochs, 2, num_batches, 2, max_steps)
     assert [line.partition(" takes")[0] for line in said[0]] == ["Epoch 0: a batch", "Epoch 1: a batch"]
     assert said[1] == []
 
@@ -262,6 +262,48 @@ def test_the_monitor_never_stops_a_training(pool: WorkerPool, monkeypatch: pytes
                     log_every_n_steps=5)  # fmt: skip
     assert said[0] == ["The pipeline's monitor could not log: OSError: the disk is full"]
     assert said[1] == []
+
+
+def train_with_failing_reports(folder: str) -> list[str]:
+    """That of step 10 fails on the first of two stages, that of step 25 on the last."""
+    distance = Reporter._snapshot_distance
+
+    def failing(self: Reporter) -> Tensor:
+        if self._runner.num_forwards == (25 if self._runner.is_last else 10):
+            raise OverflowError("too much to report")
+        return distance(self)
+
+    with patch.object(Reporter, "_snapshot_distance", failing):
+        return train(folder, 2, (0.001, 0.001), log_every_n_steps=5)
+
+
+def test_a_report_that_fails_is_left_out(pool: WorkerPool, tmp_path: Path) -> None:
+    said = pool.run(train_with_failing_reports, 2, str(tmp_path))
+    for texts, stage in zip(said, (1, 0)):
+        assert f"The pipeline's monitor failed on stage {stage}: OverflowError: too much to report" in texts
+    assert [event.step for event in events(tmp_path).Scalars("pipeline/period")] == [5, 15, 20, 30, 34]
+
+
+class Masks(models.MLP):
+    """With weights that are no numbers to train: what is pruned, and what is quantised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.hidden:
+            layer.mask = nn.Parameter(torch.ones(16, dtype=torch.bool), requires_grad=False)
+            layer.scale = nn.Parameter(torch.ones(16, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.inp(x))
+        for layer in self.hidden:
+            x = torch.tanh(layer(x)) * layer.mask * layer.scale
+        return self.out(x)
+
+
+def test_weights_that_are_not_trained_have_no_distance(pool: WorkerPool) -> None:
+    args = {"callbacks": [DelayedMPMonitor()], "limit_train_batches": 6}
+    rows = pool.run(fit, 2, Masks, models.vectors, {"num_stages": 2}, 2, **args)[0].rows
+    assert [row["stage_0/snapshot_distance"] for _, row in rows if "stage_0/snapshot_distance" in row][-1] > 0
 
 
 def norms_of_stages(max_norm: float | None) -> list[list[float]]:

@@ -44,7 +44,9 @@ def fit_and_move(folder: str, model: Any, loader: Any, cuts: list[str] | None, d
     starts = kwargs.pop("starts", AFTER)
     strategy: dict[str, Any] = {"num_stages": num_stages, **kwargs.pop("strategy", {})}
     strategy |= {"balance": "measured"} if cuts is None else {"split_at": cuts}
-    args = {"make_val_loader": loader, "max_epochs": 3, "enable_checkpointing": True, "callbacks": [save]}
+    args = {"max_epochs": 3, "limit_train_batches": 10}
+    if kwargs.pop("flushes", True):
+        args |= {"make_val_loader": loader, "enable_checkpointing": True, "callbacks": [save]}
 
     def better(trace: Any, root: nn.Module, plan: Any, measured: Any, slack: int) -> Any:
         return make_plan(trace, root, num_stages, starts, slack), 0.1
@@ -53,7 +55,7 @@ def fit_and_move(folder: str, model: Any, loader: Any, cuts: list[str] | None, d
         patch("lightning_dgmp.starting.better_plan", better),
         patch("lightning_dgmp.starting.busy_in", lambda *_: 1.0),
     ):
-        return fit(model, loader, strategy, devices, limit_train_batches=10, **args, **kwargs)
+        return fit(model, loader, strategy, devices, **args | kwargs)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,29 @@ def test_going_on_is_beginning_with_the_new_cuts(
     for ours, theirs in zip(moved, resumed):
         for name, value in theirs.state.items():
             torch.testing.assert_close(ours.state[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_cuts_move_without_validation_and_checkpoints(pool: WorkerPool, tmp_path: Path, accumulate: int) -> None:
+    """Before the next epoch, if there is one."""
+    where = str(tmp_path), models.ValidatedMLP, models.vectors, None, 3
+    args = {"max_epochs": 2, "limit_train_batches": 14, "accumulate_grad_batches": accumulate}
+    ours, expected = (pool.run(fit_and_move, 3, *where, **args, flushes=flushes)[0] for flushes in (False, True))
+    assert [stage.first_module for stage in ours.summaries[1:]] == AFTER
+    for name, value in expected.state.items():
+        torch.testing.assert_close(ours.state[name], value, rtol=0, atol=0)
+
+
+def warnings_of_one_epoch() -> list[str]:
+    said: list[str] = []
+    with patch("lightning_dgmp.starting.rank_zero_warn", said.append):
+        fit(models.MLP, models.vectors, {"num_stages": 2, "balance": "measured"}, 2)
+    return said
+
+
+def test_training_that_ends_before_cuts_can_move_says_so(pool: WorkerPool) -> None:
+    for said in pool.run(warnings_of_one_epoch, 2):
+        assert "`balance='measured'` moves cuts before the next validation, checkpoint or epoch" in "".join(said)
 
 
 class Keeping(nn.Module):
