@@ -76,7 +76,8 @@ def updated_by(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Paramete
 def norm_of(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of these tensors alone, whatever is exchanged."""
     with torch.no_grad():
-        return _original(get_total_norm)(gradients)  # type: ignore[no-any-return]
+        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        return _original(get_total_norm)(dense)  # type: ignore[no-any-return]
 
 
 def clip_by_total_norm(
