@@ -224,8 +224,9 @@ def _is_same_leaf(mark: Any, leaf: Any) -> bool:
 
 def _looks(tensor: Tensor) -> tuple[int, int] | None:
     """Its version, and where it is: another place can be assigned to ``.data``."""
-    if tensor.is_inference():
-        return None
+    with torch._C.DisableTorchFunctionSubclass():  # to ask this is no operation
+        if tensor.is_inference():
+            return None
     has_place = type(tensor) is Tensor and tensor.layout == torch.strided
     return tensor._version, tensor.data_ptr() if has_place else 0
 

@@ -186,6 +186,36 @@ def test_too_many_uses_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "`one.weight` is used again and again, more than 3 times" in " ".join(cuts.obstacles.values())
 
 
+class Keeps(nn.Module):
+    """Of each part an attribute with what it has made inside, as attention blocks do, and hooks that make a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(KeepsInside() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x.mean()
+
+
+class KeepsInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.utils.weight_norm(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.attention = self.linear(x).softmax(-1)
+        return self.attention * x
+
+
+def test_a_read_behind_the_network_changes_no_plan() -> None:
+    module, x = Keeps(), torch.ones(2, 8)
+    ends: list[Callable[[Tensor], Any]] = [lambda loss: loss, Tensor.item, lambda loss: loss.detach().numpy()]
+    plans = [make_plan(trace_step(lambda _, end=end: end(module(x)), module, CPU), module, 3) for end in ends]
+    assert plans[0].table() == plans[1].table() == plans[2].table()
+
+
 class Decodes(nn.Module):
     """Calls the same modules again after it has written into a tensor of its own, or read a value."""
 
