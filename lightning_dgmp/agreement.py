@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_dgmp.host import MisconfigurationException
 from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan
+from lightning_dgmp.plan.restore import generators_in, get_state, set_state
 from lightning_dgmp.world import PeerError, World
 
 __all__ = ["agree_on_model", "agree_on_plan", "not_synchronised", "put_buffers"]
@@ -20,10 +21,11 @@ __all__ = ["agree_on_model", "agree_on_plan", "not_synchronised", "put_buffers"]
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # as DDP calls it
 
 
-def agree_on_model(module: nn.Module, world: World) -> None:
+def agree_on_model(module: nn.Module, world: World, ranks: Sequence[int]) -> None:
     """Give every process the parameters and buffers of rank 0, as DDP does.
 
-    Buffers may differ in shape, or be missing: an evaluation makes those that modules cache on some ranks alone.
+    Buffers may differ in shape, or be missing: an evaluation makes those that modules cache on some ranks alone. Random
+    generators that modules keep go on alike within a replica, of which ``ranks`` are.
 
     Raises:
         MisconfigurationException: If names, shapes or dtypes of parameters differ.
@@ -44,6 +46,12 @@ def agree_on_model(module: nn.Module, world: World) -> None:
     if world.rank != 0:
         for path, entries in shared.items():
             put_buffers(module.get_submodule(path)._buffers, entries)
+    generators = generators_in(module)
+    states = [get_state(generator) for generator in generators]
+    theirs = world.all_gather(states, "the states of random generators", ranks)[-1]
+    if len(theirs) == len(states):
+        for generator, state in zip(generators, theirs):
+            set_state(generator, state)
 
 
 def put_buffers(mine: dict[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> None:

@@ -160,14 +160,14 @@ class DelayedMPStrategy(StartingStrategy):
         with not_synchronised(self.lightning_module):  # as DDP does: buffers that modules cache may differ
             super().setup(trainer)
         if self._world is not None:
-            agree_on_model(self.lightning_module, self._world)
+            agree_on_model(self.lightning_module, self._world, self._stage_ranks)
 
     @override
     def configure_ddp(self) -> None:
         if self._is_pipeline:
             assert self.lightning_module is not None
             assert self._world is not None
-            agree_on_model(self.lightning_module, self._world)
+            agree_on_model(self.lightning_module, self._world, self._stage_ranks)
             shares = self.data_parallel_size > 1 and self._ddp_kwargs.get("broadcast_buffers", True)
             self._buffers = buffer_slots(self.lightning_module) if shares else []
             if self.data_parallel_size > 1 and self._ddp_comm_hook is not None:

@@ -55,6 +55,7 @@ class Plan:
         toggled: Attributes of modules, by path and name, that the step changes and changes back.
         overwritten: The stages that see how a later one writes in place into a value of theirs.
         stopped: Where and why the trace of the step ended before its end, if it did.
+        num_guessed: How many parameters follow then, by which the rest of the computation is guessed.
         calls: The same for single calls, by path and occurrence, of modules with shared parameters whose calls differ;
             their first call stands in ``modules``.
         stages: One summary a stage.
@@ -77,6 +78,7 @@ class Plan:
         bounds: Sequence[int] = (),
         overwritten: Set[int] = frozenset(),
         stopped: str | None = None,
+        num_guessed: int = 0,
     ) -> None:
         self.num_stages = len(stages)
         self.delays, self.bounds = delays_of(self.num_stages, slack), list(bounds)
@@ -87,7 +89,7 @@ class Plan:
         self.last_events = last_events
         self.toggled = list(toggled)
         self.runs_on = runs_on
-        self.overwritten, self.stopped = overwritten, stopped
+        self.overwritten, self.stopped, self.num_guessed = overwritten, stopped, num_guessed
         self.stages = stages
         self._parameters = parameters
 
@@ -139,7 +141,8 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text: one row a stage."""
-        return table_of(self.stages, self.shared)
+        guess = f"of the last stage {self.num_guessed:,} parameters follow a read, so its compute is a guess"
+        return table_of(self.stages, self.shared, [f"{guess}: {self.stopped}"] if self.num_guessed else [])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_stages={self.num_stages})\n{self.table()}"
@@ -294,8 +297,9 @@ def _lay_out(
         for index, occurrence in visible.items()
         if owners[index] != modules[path := trace.calls[index].path]
     }
-    more = trace.toggled, runs_on, calls, slack, bounds, overwritten_on(trace, op_stages), trace.stopped
-    return Plan(parameters, modules, paths, transfers, last_events, summaries, *more)
+    more = trace.toggled, runs_on, calls, slack, bounds, overwritten_on(trace, op_stages)
+    rest = trace.stopped, trace.num_guessed
+    return Plan(parameters, modules, paths, transfers, last_events, summaries, *more, *rest)
 
 
 def _owners(

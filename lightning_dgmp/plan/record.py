@@ -84,6 +84,7 @@ class Trace:
         read: Where and why the step first needs values; ``None`` if it does not. What comes after that belongs to the
             last stage.
         read_at: When that is.
+        num_guessed: How many parameters are behind a read inside of the network, which ended the trace.
         wanted: Values that the last stage should have if they can travel, and when: those that are logged, returned or
             kept by the root module, and all that are in reach where the trace stopped.
         returned_none: Whether the step returned ``None``.
@@ -100,6 +101,7 @@ class Trace:
     stopped: str | None = None
     read: str | None = None
     read_at: float = math.inf
+    num_guessed: int = 0
     wanted: dict[int, float] = field(default_factory=dict)
     returned_none: bool = False
     changes: dict[int, list[int]] = field(default_factory=dict)

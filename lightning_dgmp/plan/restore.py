@@ -16,7 +16,15 @@ from lightning_dgmp.ghost import Ghost
 from lightning_dgmp.nests import has_same_bytes, is_same, marks
 from lightning_dgmp.objects import MAX_ITEMS, is_object_of_user
 
-__all__ = ["attributes_of_now", "attributes_saved", "is_plain", "untouched"]
+__all__ = [
+    "attributes_of_now",
+    "attributes_saved",
+    "generators_in",
+    "get_state",
+    "is_plain",
+    "set_state",
+    "untouched",
+]
 
 _Generator = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
 
@@ -57,23 +65,23 @@ def attributes_saved(*roots: Any) -> Callable[[], None]:
 def attributes_of_now(*roots: Any) -> Callable[[], AbstractContextManager[None]]:
     """A function that lets modules and objects have the attributes and buffers of now for a while, later."""
     moment = [(c, _copied(c)) for c in _containers(roots) if len(c) <= MAX_ITEMS]
-    generators = [(item, _state(item)) for c, _ in moment for item in _items(c) if isinstance(item, _Generator)]
+    generators = [(item, get_state(item)) for c, _ in moment for item in _items(c) if isinstance(item, _Generator)]
 
     @contextmanager
     def held() -> Iterator[None]:
         later = [(container, container.copy()) for container, _ in moment]
-        later_states = [(generator, _state(generator)) for generator, _ in generators]
+        later_states = [(generator, get_state(generator)) for generator, _ in generators]
         for container, kept in moment:
             _fill(container, kept)
         for generator, state in generators:
-            _set_state(generator, state)
+            set_state(generator, state)
         try:
             yield
         finally:
             for container, kept in later:
                 _fill(container, kept)
             for generator, state in later_states:
-                _set_state(generator, state)
+                set_state(generator, state)
 
     return held
 
@@ -131,8 +139,8 @@ def _save_item(item: Any) -> Callable[[], None] | None:
     if is_plain(item) and not isinstance(item, Ghost):
         return _save_tensor(item)
     if isinstance(item, _Generator):
-        state = _state(item)
-        return lambda: _set_state(item, state)
+        state = get_state(item)
+        return lambda: set_state(item, state)
     if isinstance(item, numpy.ndarray) and item.flags.writeable:
         kept = item.copy()
         return lambda: numpy.copyto(item, kept)
@@ -154,7 +162,14 @@ def _save_tensor(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def _state(generator: Any) -> Any:
+def generators_in(root: nn.Module) -> list[Any]:
+    """The random generators in the attributes of ``root`` and its modules, each once."""
+    kept = [container for container in _containers([root]) if len(container) <= MAX_ITEMS]
+    found = {id(item): item for container in kept for item in _items(container) if isinstance(item, _Generator)}
+    return list(found.values())
+
+
+def get_state(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, numpy.random.Generator):
@@ -162,7 +177,7 @@ def _state(generator: Any) -> Any:
     return generator.get_state() if isinstance(generator, numpy.random.RandomState) else generator.getstate()
 
 
-def _set_state(generator: Any, state: Any) -> None:
+def set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, numpy.random.Generator):
         generator.bit_generator.state = state
     elif isinstance(generator, random.Random):

@@ -36,8 +36,8 @@ class StageSummary:
     value_bytes: int = 0
 
 
-def table_of(stages: Sequence[StageSummary], shared: Mapping[str, Sequence[int]]) -> str:
-    """One row a stage, and what is shared."""
+def table_of(stages: Sequence[StageSummary], shared: Mapping[str, Sequence[int]], remarks: Sequence[str] = ()) -> str:
+    """One row a stage, what is shared, and what else there is to say."""
     total = sum(stage.cost for stage in stages) or 1.0
     rows = [("stage", "first module", "last module", "compute", "parameters", "sends")]
     for k, stage in enumerate(stages):
@@ -47,7 +47,7 @@ def table_of(stages: Sequence[StageSummary], shared: Mapping[str, Sequence[int]]
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = ["  ".join(_align(cell, widths[i], i) for i, cell in enumerate(row)).rstrip() for row in rows]
     notes = [f"shared: {name} on stages {', '.join(map(str, holders))}" for name, holders in shared.items()]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *notes[:_MAX_NOTES]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *notes[:_MAX_NOTES], *remarks])
 
 
 def _human(number: float, unit: str) -> str:

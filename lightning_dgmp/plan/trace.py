@@ -316,13 +316,24 @@ class _Tracer(GhostMode):
             self.trace.read, self.trace.read_at = text, self._tick()
         return text
 
+    def _guessed_rest(self) -> float:
+        """How many times as much follows a read inside of a module, by the parameters that have not been read yet."""
+        parameters, seen = self.trace.parameters, {name for op in self.trace.ops for name in op.parameters}
+        if not seen or all(module is self._root for module in self._open_modules):
+            return 0  # behind the network
+        rest = [p for name, p in parameters.items() if name not in seen and p.requires_grad]
+        self.trace.num_guessed = sum(p.numel for p in rest)
+        return self.trace.num_guessed / sum(parameters[name].numel for name in seen)
+
     def stop(self, read: GhostRead) -> None:
         """End the trace at a read."""
         self.trace.stopped = self._note_read(read, traceback.extract_tb(read.__traceback__))
+        rest, ops = self._guessed_rest(), list(self.trace.ops)
         self._open.clear()
         self._open_modules.clear()
         self._checkpoints.forget()
-        self._record("read", [read.ghost])
+        op = self._record("read", [read.ghost])
+        op.flops, op.nbytes = int(rest * sum(o.flops for o in ops)), int(rest * sum(o.nbytes for o in ops))
         self.want(*(g for ref in self._values if (g := ref()) is not None))  # what follows may use any of them
         for call in self.trace.calls:
             call.end = call.end if call.end >= 0 else self._tick()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from random import Random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from lightning_dgmp import DelayedMPStrategy
 from tests import models, sharing
 from tests.pool import WorkerPool
-from tests.training import fit
+from tests.training import assert_equal, fit
 
 
 class RandomFeatures(models.Base):
@@ -65,6 +67,29 @@ def test_no_seed_is_needed(pool: WorkerPool, name: str, replicas: int) -> None:
         for key, value in expected[0].state.items():
             torch.testing.assert_close(outcome.state[key], value, rtol=0, atol=0)
             assert outcome.state[key].layout == value.layout
+
+
+class MixesUp(models.MLP):
+    """With generators of its own, which draw before the network what both its ends need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators = [torch.Generator().manual_seed(torch.initial_seed()), Random(torch.initial_seed())]
+        self.numpy_generator = numpy.random.default_rng(torch.initial_seed())
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        torch_generator, generator = self.generators
+        share = torch.rand((), generator=torch_generator) * generator.random() * self.numpy_generator.random()
+        return share * super().loss((share * x, y))
+
+
+def test_generators_of_modules_go_on_alike(pool: WorkerPool) -> None:
+    ours, expected = (
+        pool.run(fit, 2, partial(make_on_rank, MixesUp, alike), models.vectors, {"num_stages": 2}, 2)[0]
+        for alike in (False, True)
+    )
+    assert_equal(ours, expected, 0)
 
 
 class DeeperBehind(models.MLP):

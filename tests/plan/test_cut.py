@@ -216,6 +216,44 @@ def test_a_read_behind_the_network_changes_no_plan() -> None:
     assert plans[0].table() == plans[1].table() == plans[2].table()
 
 
+class Experts(nn.Module):
+    """Chooses by values who computes what, as mixtures of experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 4), nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, out = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows = torch.where(chosen == i)
+            out = out.index_put(rows, expert(x[rows]), accumulate=True)
+        return out
+
+
+class DenseAndExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        self.more = nn.Sequential(*(Experts() for _ in range(4)))
+        self.teacher = nn.Linear(8, 800).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.dense(x)).mean()
+
+
+def test_what_follows_a_read_inside_of_the_network_is_guessed() -> None:
+    module = DenseAndExperts()
+    trace = trace_step(lambda _: module(torch.ones(2, 8)), module, CPU)
+    plan = make_plan(trace, module, 2)
+    assert plan.stages[1].first_module == "more.0.gate"
+    assert plan.stages[1].cost > 3 * plan.stages[0].cost
+    line = plan.table().splitlines()[-1]
+    assert line.startswith("of the last stage 1,260 parameters follow a read, so its compute is a guess: `where`"), line
+    behind = trace_step(lambda _: float(module.dense(torch.ones(2, 8)).mean()), module, CPU)
+    assert "follow a read" not in make_plan(behind, module, 2).table()
+
+
 class Decodes(nn.Module):
     """Calls the same modules again after it has written into a tensor of its own, or read a value."""
 
