@@ -105,6 +105,8 @@ class GhostMode:
             return func(subject.received(), *args[1:], **kwargs)
         if isinstance(subject, Ghost) and name in _SPECIAL:
             return _SPECIAL[name](subject, *args[1:], **kwargs)
+        if name in _BECOMES and not isinstance(subject, Ghost) and tensors_in(args[1:2], Ghost):
+            return args[0].to(args[1].device, args[1].dtype, *args[2:], **kwargs)  # values do not matter
         owner = getattr(func, "__self__", None)  # `Tensor.shape.__get__` and the like
         if name == "__get__" and isinstance(subject, Ghost):
             attribute = getattr(owner, "__name__", "")
@@ -353,6 +355,7 @@ def _metadata(attribute: str) -> Callable[[Ghost], Any]:
 
 
 # Answered without waiting for a bound value and without counting as an operation.
+_BECOMES = {"to", "type_as"}
 _METADATA: dict[str, Callable[[Ghost], Any]] = {
     **{
         name: _metadata(name)

@@ -43,6 +43,14 @@ def test_operations_yield_ghosts_with_the_right_looks(ghost: Ghost) -> None:
         assert fake.requires_grad == real.requires_grad
 
 
+def test_tensors_that_become_like_a_ghost_stay_real(ghost: Ghost) -> None:
+    halves = GhostMode().like(torch.empty(2, dtype=torch.float16), "the test", True, CPU)
+    for become in (torch.Tensor.type_as, torch.Tensor.to):
+        like = become(torch.arange(3), halves)
+        assert type(like) is Tensor
+        assert torch.equal(like, torch.arange(3).half())
+
+
 def test_autocast_decides_the_dtype(ghost: Ghost) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert F.linear(ghost, torch.zeros(5, 3)).dtype == torch.bfloat16
