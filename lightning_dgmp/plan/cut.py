@@ -213,7 +213,9 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
     if num_stages < 1:
         raise PlanError(f"`num_stages` must be at least 1, but is {num_stages}.")
     if num_stages > len(ends) - 1:
-        reasons = "; ".join(f"{reason} [{count} places]" for reason, count in _common(cuts.obstacles.values()))
+        reasons = "; ".join(
+            f"{reason} [{count} place{'s' * (count > 1)}]" for reason, count in _common(cuts.obstacles.values())
+        )
         raise PlanError(
             f"`num_stages={num_stages}` needs {num_stages - 1} cuts, but `training_step` can be cut in"
             f" {len(ends) - 2} places.{_about_read(cuts.trace)} Use at most {len(ends) - 1}"

@@ -107,7 +107,7 @@ def test_more_stages_than_places_to_cut(pool: WorkerPool) -> None:
 @pytest.mark.parametrize(
     ("split_at", "texts"),
     [
-        (["hidden.7"], ["`split_at` must name modules of the LightningModule", "`hidden.7`"]),
+        (["hidden.7"], ["`split_at` must name modules of the LightningModule", "`hidden.7`", "See `named_modules()`"]),
         (["inp"], ["names `inp`", "nothing is before it"]),
         (["hidden.1", "hidden.2"], ["1 for `num_stages=2`", "it has 2"]),
     ],
@@ -129,7 +129,7 @@ class NeverCalled(models.MLP):
 
 def test_split_at_a_module_that_is_never_called(pool: WorkerPool) -> None:
     results = failures(pool, 2, NeverCalled, strategy={"split_at": ["spare"]})
-    assert_all_say(results, "modules that `training_step` calls", "does not call `spare`")
+    assert_all_say(results, "modules that `training_step` calls", "does not call `spare`", "Name a module inside it")
 
 
 # ----- steps
@@ -264,8 +264,11 @@ class Explodes(models.MLP):
         (SecondOrder, ["evaluates each batch once", "`LBFGS`", "first-order"]),
         (IsSharpnessAware, ["closure was called again for the same batch", "first-order"]),
         (ClosureTwice, ["closure was called again for the same batch", "first-order"]),
-        (ReturnsNone, ["`training_step` must return a loss on every batch, but it returned None"]),
-        (SometimesNone, ["`training_step` must return a loss on every batch, but it returned None"]),
+        (
+            ReturnsNone,
+            ["`training_step` must return a loss on every batch, but it returned None", "multiplied by zero"],
+        ),
+        (SometimesNone, ["`training_step` must return a loss on every batch, but it returned None", "by zero"]),
         (
             BranchesEarly,
             ["can be cut in 0 places", "What comes after a value is read belongs to the last stage: `__bool__` reads"],
@@ -280,7 +283,9 @@ def test_steps(pool: WorkerPool, module: type[LightningModule], texts: list[str]
 
 def test_a_value_that_would_have_to_travel_back(pool: WorkerPool) -> None:
     results = failures(pool, 4, GoesBack)
-    assert_all_say(results, "can be cut in 2 places", "between calls of `again.1`, which changes its buffers", "change")
+    assert_all_say(
+        results, "can be cut in 2 places", "between calls of `again.1`, which changes its buffers", "at most 3 stages"
+    )
 
 
 def test_reading_a_value_that_did_not_travel(pool: WorkerPool) -> None:
@@ -317,7 +322,9 @@ def no_vectors() -> DataLoader:
 
 def test_an_empty_loader(pool: WorkerPool) -> None:
     assert_all_say(
-        failures(pool, 2, models.MLP, no_vectors), "at least one batch, but the training data loader is empty"
+        failures(pool, 2, models.MLP, no_vectors),
+        "at least one batch, but the training data loader is empty",
+        "Check the data set",
     )
 
 
