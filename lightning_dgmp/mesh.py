@@ -12,6 +12,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -284,14 +285,22 @@ class MeshStrategy(DDPStrategy):
     def _in_step(self) -> bool:
         return self._replicas is not None and self._replicas.in_step
 
+    @property
+    def _is_alone(self) -> bool:
+        return self._replicas is not None and self._replicas.is_alone
+
     # ----- collectives: replicas average and gather, the world waits and decides
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self._is_alone:
+            return tensor
         return super().reduce(tensor, self._replica_group(group), reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._is_alone:
+            return torch.stack([tensor] * self.data_parallel_size)
         return super().all_gather(tensor, self._replica_group(group), sync_grads)
 
     @override
@@ -306,6 +315,8 @@ class MeshStrategy(DDPStrategy):
             answer, once = self._answer
             self._answer = None if once else self._answer
             return answer(obj)
+        if self._is_alone:
+            return obj
         if self._in_step:
             items = [obj]
             dist.broadcast_object_list(items, group=self._replica_group(None), group_src=src)
@@ -325,6 +336,8 @@ class MeshStrategy(DDPStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self._is_alone:
+            return decision
         if self._in_step:
             votes = [decision] * self.data_parallel_size
             dist.all_gather_object(votes, decision, group=self._replica_group(None))

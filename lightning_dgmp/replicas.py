@@ -54,6 +54,11 @@ class Replicas:
         """Around what runs on ghosts."""
         return self._instead(self._single)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether collectives concern this process alone."""
+        return self.in_step and self._stand_in is self._single
+
     @contextmanager
     def _instead(self, group: Any, in_step: bool = True) -> Iterator[None]:
         before = self._stand_in, self.in_step

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from tests import models
@@ -333,6 +334,25 @@ def test_parameters_that_are_frozen_within_an_update(pool: WorkerPool, same_data
     assert_agree(outcomes)
     if same_data:
         assert_equal(outcomes[0], fit_on(pool, 3, 1, FreezesInBetween, **args)[0], TOLERANCE)
+
+
+class GathersInSteps(models.MLP):
+    """Logs and learns by what all replicas have, as contrastive losses do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        all_logits, all_y = self.all_gather(logits, sync_grads=True), self.all_gather(y)
+        self.log("accuracy", (all_logits.argmax(-1) == all_y).float().mean())
+        total = self.trainer.strategy.reduce(logits.detach().sum(), reduce_op="sum")
+        self.log("total", self.trainer.strategy.broadcast(total))
+        return F.cross_entropy(all_logits.flatten(0, 1), all_y.flatten())
+
+
+def test_gathers_over_replicas_in_steps(pool: WorkerPool) -> None:
+    real, virtual = (fit_on(pool, 2, 2, GathersInSteps, virtual=is_virtual) for is_virtual in (False, True))
+    assert_agree(real)
+    assert_equal(real[0], virtual[0], TOLERANCE)
 
 
 class Sparse(models.LanguageModel):
