@@ -107,7 +107,7 @@ def test_more_stages_than_places_to_cut(pool: WorkerPool) -> None:
 @pytest.mark.parametrize(
     ("split_at", "texts"),
     [
-        (["hidden.7"], ["`split_at` must name modules of the LightningModule", "`hidden.7`", "See `named_modules()`"]),
+        (["hidden.7"], ["`split_at` must name modules of the LightningModule", "`hidden.7`", "See `named_modules"]),
         (["inp"], ["names `inp`", "nothing is before it"]),
         (["hidden.1", "hidden.2"], ["1 for `num_stages=2`", "it has 2"]),
     ],
