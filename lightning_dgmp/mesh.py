@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from functools import wraps
 from types import FrameType
 from typing import Any, Literal
 
@@ -270,7 +269,7 @@ class MeshStrategy(DDPStrategy):
         if self._world is not None and dist.get_backend(ddp.process_group) == "gloo":
             if hook is None:
                 hook, state = default_hooks.allreduce_hook, ddp.process_group
-            hook = _guarded_hook(self._world, hook)
+            hook = self._world.guarded_hook(hook)
         if hook is None:
             return
         try:
@@ -293,9 +292,7 @@ class MeshStrategy(DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if self._is_alone:
-            return tensor
-        return super().reduce(tensor, self._replica_group(group), reduce_op)
+        return tensor if self._is_alone else super().reduce(tensor, self._replica_group(group), reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -393,16 +390,6 @@ class MeshStrategy(DDPStrategy):
     def share_of_first_stage(self, item: Any, what: str) -> Any:
         """Give all stages of the replica the small ``item`` of the first one."""
         return self.gather_from_stages(item, what)[0]
-
-
-def _guarded_hook(world: World, hook: Any) -> Any:
-    """A communication hook whose waits end when another process fails."""
-
-    @wraps(hook)
-    def guarded(state: Any, bucket: dist.GradBucket) -> Any:
-        return world.guarded(hook(state, bucket), "the average of gradients")
-
-    return guarded
 
 
 def _is_frame_of_user(frame: FrameType | None) -> bool:

@@ -136,7 +136,7 @@ class Transport:
         self._out: dict[tuple[str, int], _Outbox] = {}
         self._retired: list[_Inbox | _Outbox] = []  # channels that faster ones have replaced
         self._edges: dict[tuple[int, int], bool] = {}  # whether straight from device to device
-        self._pairs: set[tuple[str, int, int]] = set()  # that share parameters, or what else
+        self._pairs: set[tuple[str, int, int]] = set()  # with their direction, of :meth:`share`
         self.clock, self.bytes_sent = Clock(), 0
         for peer in self._peers[1:]:
             self._connect(DATA, self._peers[0], peer, torch.device("cpu"))
@@ -156,7 +156,7 @@ class Transport:
             self._edges[edge] = over_nccl
 
     def share(self, pairs: Iterable[tuple[int, int]], direction: str = SHARED) -> None:
-        """Open a channel for gradients of shared parameters from one stage to another for each pair."""
+        """Open a channel of a ``direction`` from one stage to another for each pair that has none yet."""
         for _, source, target in sorted({(direction, *pair) for pair in pairs} - self._pairs):
             self._pairs.add((direction, source, target))
             self._connect(direction, self._peers[source], self._peers[target], self._device, self._over_nccl)

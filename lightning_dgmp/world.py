@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -159,6 +159,15 @@ class World:
                 self.guarded(work.get_future(), what)  # it goes on
             raise
         work.wait()
+
+    def guarded_hook(self, hook: Any) -> Any:
+        """A communication hook of DDP whose waits end when another process fails."""
+
+        @wraps(hook)
+        def guarded(state: Any, bucket: dist.GradBucket) -> Any:
+            return self.guarded(hook(state, bucket), "the average of gradients")
+
+        return guarded
 
     def guarded(self, future: Future[Any], what: str) -> Future[Any]:
         """The ``future`` of a collective, which fails soon after another process does.
