@@ -61,6 +61,8 @@ class VAE(LightningModule):
         self.log_dict({f"val_{k}": v for k, v in logs.items()})
         return loss
 
+    test_step = validation_step
+
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self.model.decode(self.model.encode(batch[0])[0])
 
@@ -119,6 +121,8 @@ class Diffusion(LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.log("val/loss", self.p_losses(batch[0], batch_idx), on_epoch=True)
+
+    test_step = validation_step
 
     @torch.no_grad()
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -277,6 +281,8 @@ class CLIP(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         loss, acc = self.step(batch)
         self.log_dict({"val_loss": loss, "val_acc": acc}, batch_size=len(batch["image"]))
+
+    test_step = validation_step
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["input_ids"])}

@@ -73,6 +73,8 @@ class ConfiguredMLP(LightningModule):
         x, y = batch
         self.log("val_loss", F.cross_entropy(self(x)[0], y))
 
+    test_step = validation_step
+
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
         logits, _, features = self(batch[0])
         return logits.argmax(1), features
@@ -149,6 +151,8 @@ class EncodeDecode(LightningModule):
         x, _ = batch
         self.log("val_loss", F.mse_loss(self.model(x), x))
 
+    test_step = validation_step
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.model.encode(batch[0])
 
@@ -185,6 +189,8 @@ class OwnParameters(LightningModule):
         x, y = batch
         self.log("val_loss", F.cross_entropy(self(x), y, weight=self.class_weights))
         self.log("temperature", self.log_temperature.exp())
+
+    test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0]).softmax(1)

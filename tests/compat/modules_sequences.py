@@ -43,6 +43,8 @@ class Seq2Seq(LightningModule):
         self.log("val_loss", F.cross_entropy(logits.transpose(1, 2), target[:, 1:]))
         self.log("val_token_acc", (logits.argmax(-1) == target[:, 1:]).float().mean())
 
+    test_step = validation_step
+
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         source, _ = batch
         memory = self.encoder(self.source(source))
@@ -79,6 +81,8 @@ class PaddedEncoder(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), batch_size=len(batch[1]))
+
+    test_step = validation_step
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch[0])

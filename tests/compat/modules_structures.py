@@ -168,6 +168,8 @@ class GraphGym(LightningModule):
         self.log("val_mae", self.mae, batch_size=batch.num_graphs)
         return outputs
 
+    test_step = validation_step
+
     def predict_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:
         return self(batch)[0]
 
@@ -200,6 +202,8 @@ class DataclassBatch(LightningModule):
 
     def validation_step(self, batch: Sample, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), batch_size=len(batch.label))
+
+    test_step = validation_step
 
     def predict_step(self, batch: Sample, batch_idx: int) -> Tensor:
         return self(batch)
@@ -274,6 +278,8 @@ class TabularNet(LightningModule):
         self.log("val_auroc", self.auroc, on_epoch=True, on_step=False)
         self.log("val_accuracy", self.accuracy)
         self.log("val_loss", F.binary_cross_entropy_with_logits(logits, y))
+
+    test_step = validation_step
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self(batch["categories"], batch["numbers"]).sigmoid()

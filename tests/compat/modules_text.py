@@ -81,6 +81,8 @@ class MinGPT(LightningModule):
         self.log("val_loss", F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
         self.log("val_ppl", self.perplexity)
 
+    test_step = validation_step
+
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         idx = batch[:, :3]
         for _ in range(3):
@@ -167,6 +169,9 @@ class HandWrittenOutput(LightningModule):
         self.log_dict({"acc": float((preds == labels).mean())}, prog_bar=True)
         self.validation_step_outputs.clear()
 
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self(input_ids=batch["input_ids"]).logits
 
@@ -208,6 +213,8 @@ class HuggingFaceGPT2(LightningModule):
         outputs = self.model(**batch)
         self.log("val_loss", outputs.loss)
         self.log("val_ppl", torch.exp(outputs.loss))
+
+    test_step = validation_step
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         model: Any = self.model
@@ -286,6 +293,8 @@ class HuggingFaceBert(LightningModule):
         correct = [int((p == y).sum()) for p, y in zip(preds, labels)]
         self.log("val_acc", sum(correct) / sum(len(y) for y in labels))
         self.outputs[0].clear()
+
+    test_step = validation_step
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

@@ -149,6 +149,9 @@ class HydraTemplate(LightningModule):
         self.log("test/loss", self.test_loss, on_step=False, on_epoch=True, prog_bar=True)
         self.log("test/acc", self.test_acc, on_step=False, on_epoch=True, prog_bar=True)
 
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(dim=1)
+
     def setup(self, stage: str) -> None:
         if self.hparams["compile"] and stage == "fit":
             self.net = torch.compile(self.net, backend="eager")  # type: ignore[assignment]
@@ -343,6 +346,8 @@ class HalfFrozen(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         self.log("val_loss", F.cross_entropy(self.net(x), y))
+
+    test_step = validation_step
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self.net(batch[0])
