@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Callable, Sequence
 from enum import IntFlag
 from itertools import zip_longest
@@ -14,8 +16,10 @@ from torch import Tensor
 __all__ = ["ABORT", "CLOSE", "Arriving", "Broken", "Message", "Staged", "Wire", "Wish"]
 
 _DATA, CLOSE, ABORT = range(3)
-_HEADER = 64  # integers; longer descriptions follow in a message of their own
-_FIXED = 8
+_SLOT = 16384  # bytes of a message's first part, which has all of a short one: each part costs two threads that wake up
+_FIXED = struct.Struct("10q")  # at the beginning of it
+_SMALL = 2**20  # bytes; larger tensors are sent as they are, parts of their own, and not copied before
+_ALIGNMENT = 16  # bytes; that of the largest dtype
 _DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
@@ -121,37 +125,45 @@ class Wire:
                 description += [kind, tensor.dim(), _packed(_order(tensor)), *tensor.shape]
             else:
                 description.append(-1)
-        inline = len(description) <= _HEADER - _FIXED
         flags = int(message.wishes) << 1 | message.flush
         lengths = len(message.tensors), len(description), len(message.extra)
-        fixed = [_DATA, message.batch, flags, *lengths, *message.shapes]
-        self._send_integers(fixed + (description if inline else []))
-        if not inline:
-            self._send_to_host(torch.tensor(description))
-        self._send_bytes(message.extra)
-        self._with_stream(lambda: self._send_tensors([t for t in message.tensors if t is not None], event))
+        tensors = [t.detach().permute(_order(t)) for t in message.tensors if t is not None and t.numel()]
+        if event is not None and self.pair is None:
+            event.synchronize()
+        small = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors if self._is_small(tensor)]
+        content = [array("q", description).tobytes(), message.extra, *small]
+        self._send_parts([_DATA, message.batch, flags, *lengths, *message.shapes], content)
+        self._with_stream(lambda: self._send_tensors([t for t in tensors if not self._is_small(t)], event))
+
+    def _is_small(self, tensor: Tensor) -> bool:
+        return self.pair is None and tensor.nbytes <= _SMALL
 
     def _send_tensors(self, tensors: list[Tensor], event: Any) -> None:
-        if event is not None:
-            event.synchronize() if self.pair is None else event.wait()
+        if event is not None and self.pair is not None:
+            event.wait()
         for tensor in tensors:
-            if tensor.numel():
-                if self.stream is not None and self.pair is not None:
-                    tensor.record_stream(self.stream)
-                tensor = tensor.detach().permute(_order(tensor))
-                self._send_to_host(tensor) if self.pair is None else dist.send(tensor, self.rank, self.pair)
+            if self.stream is not None and self.pair is not None:
+                tensor.record_stream(self.stream)
+            self._send_to_host(tensor) if self.pair is None else dist.send(tensor, self.rank, self.pair)
 
     def send_end(self, kind: int, text: str) -> None:
         data = text.encode()
-        self._send_integers([kind, 0, 0, 0, 0, len(data)])
-        self._send_bytes(data)
+        self._send_parts([kind, 0, 0, 0, 0, len(data), 0, 0], [b"", data])
 
-    def _send_bytes(self, data: bytes) -> None:
-        if data:
-            self._send_to_host(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-
-    def _send_integers(self, integers: list[int]) -> None:
-        self._send_to_host(torch.tensor(integers + [0] * (_HEADER - len(integers))))
+    def _send_parts(self, fixed: list[int], content: Sequence[Any]) -> None:
+        """Integers and bytes, which follow each other aligned, in one part if they are few."""
+        size = sum(_aligned(len(piece)) for piece in content)
+        parts, start = [bytearray(_SLOT)], _FIXED.size
+        _FIXED.pack_into(parts[0], 0, *fixed, size, 0)
+        if start + size > _SLOT:
+            parts.append(bytearray(size))
+            start = 0
+        body = memoryview(parts[-1])
+        for piece in content:
+            body[start : start + len(piece)] = piece
+            start += _aligned(len(piece))
+        for part in parts:
+            self._send_to_host(torch.frombuffer(part, dtype=torch.uint8))
 
     def _send_to_host(self, tensor: Tensor) -> None:
         dist.send(tensor, self.rank, self.group, self.tag)
@@ -160,32 +172,37 @@ class Wire:
 
     def receive(self) -> Arriving:
         """In the receiving thread: the next message, or :class:`Broken` at the end of all."""
-        header = torch.empty(_HEADER, dtype=torch.int64)
-        self._receive_on_host(header)
-        kind, batch, flags, count, length, num_bytes, num_calls, digest, *description = header.tolist()
+        slot = self._receive_bytes(_SLOT)
+        kind, batch, flags, count, length, num_bytes, num_calls, digest, size, _ = _FIXED.unpack_from(slot)
+        content = _Content(slot, _FIXED.size)
+        if _FIXED.size + size > _SLOT:
+            content = _Content(self._receive_bytes(size), 0)
+        description = content.take(8 * length).cast("q").tolist()
+        extra, shapes = bytes(content.take(num_bytes)), (num_calls, digest)
         if kind != _DATA:
-            raise Broken(kind, self._receive_bytes(num_bytes).decode())
-        if length > _HEADER - _FIXED:
-            longer = torch.empty(length, dtype=torch.int64)
-            self._receive_on_host(longer)
-            description = longer.tolist()
+            raise Broken(kind, extra.decode())
         wants_error: list[bool] = []
-        extra, shapes = self._receive_bytes(num_bytes), (num_calls, digest)
         message = Message(batch, flags >> 1, [], bool(flags & 1), wants_error, extra, shapes)
-        event = self._with_stream(lambda: self._receive_tensors(message.tensors, wants_error, count, description))
+        event = self._with_stream(
+            lambda: self._receive_tensors(message.tensors, wants_error, count, description, content)
+        )
         return Arriving(message, event)
+
+    def _receive_bytes(self, size: int) -> bytearray:
+        data = bytearray(size)
+        self._receive_on_host(torch.frombuffer(data, dtype=torch.uint8))
+        return data
 
     def _receive_on_host(self, tensor: Tensor) -> None:
         dist.recv(tensor, self.rank, self.group, self.tag)
 
-    def _receive_bytes(self, num_bytes: int) -> bytes:
-        data = torch.empty(num_bytes, dtype=torch.uint8)
-        if num_bytes:
-            self._receive_on_host(data)
-        return data.numpy().tobytes()
-
     def _receive_tensors(
-        self, tensors: list[Tensor | None], wants_error: list[bool], count: int, description: list[int]
+        self,
+        tensors: list[Tensor | None],
+        wants_error: list[bool],
+        count: int,
+        description: list[int],
+        content: _Content,
     ) -> Any:
         at = 0
         for _ in range(count):
@@ -206,7 +223,9 @@ class Wire:
                 device="cpu" if over_host else self.device,
                 pin_memory=over_host and self.stream is not None,
             )
-            if tensor.numel():
+            if tensor.numel() and self._is_small(tensor):
+                tensor.view(-1).copy_(torch.frombuffer(content.take(tensor.nbytes), dtype=dtype))
+            elif tensor.numel():
                 self._receive_on_host(tensor) if self.pair is None else dist.recv(tensor, self.rank, self.pair)
             if order != list(range(dim)):
                 tensor = tensor.permute(_inverse(order)).detach()  # no view, or it could not be changed in place
@@ -240,6 +259,22 @@ class Arriving(NamedTuple):
 
     message: Message
     event: Any
+
+
+class _Content:
+    """Bytes that are read piece by piece."""
+
+    def __init__(self, data: bytearray, start: int) -> None:
+        self._data, self._start = memoryview(data), start
+
+    def take(self, length: int) -> memoryview:
+        start = self._start
+        self._start += _aligned(length)
+        return self._data[start : start + length]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
 def _dense(tensor: Tensor) -> Tensor:
