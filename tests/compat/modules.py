@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from tests.compat import data
 from tests.compat import modules_generative as generative
@@ -52,6 +53,13 @@ class Case:
     def pattern(self) -> str:
         """What the module is an example of."""
         return (self.module.__doc__ or "").strip().rstrip(".")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all steps that Lightning calls, so that its story has everything in it."""
+        return all(
+            is_overridden(f"{name}_step", self.module, LightningModule) for name in ("validation", "test", "predict")
+        )
 
     def make(self) -> LightningModule:
         """A new module."""
