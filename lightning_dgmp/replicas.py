@@ -91,7 +91,7 @@ def alone() -> AbstractContextManager[None]:
 
 
 def in_hook() -> AbstractContextManager[None]:
-    """Around hooks that make loaders: what divides data by torch.distributed does so among the replicas."""
+    """Around loaders and optimizers: what divides its work by torch.distributed does so among the replicas."""
     return nullcontext() if Replicas.current is None else Replicas.current.hook()
 
 

@@ -36,11 +36,12 @@ from lightning_dgmp.pipeline import Interception
 from lightning_dgmp.plan.restore import attributes_of_now
 from lightning_dgmp.precision import StageGradScaler
 from lightning_dgmp.remedies import Remedies
+from lightning_dgmp.replicas import in_hook
 from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.averaging import buffer_slots
 from lightning_dgmp.stage.runner import BackwardMode
 from lightning_dgmp.starting import StartingStrategy
-from lightning_dgmp.support import check_arguments, check_optimizers, check_supported
+from lightning_dgmp.support import SEVERAL_OPTIMIZERS, check_arguments, check_optimizers, check_supported
 
 __all__ = ["DelayedMPStrategy"]
 
@@ -178,14 +179,12 @@ class DelayedMPStrategy(StartingStrategy):
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         try:
-            super().setup_optimizers(trainer)
+            with in_hook():  # an optimizer that divides its work does so among the replicas
+                super().setup_optimizers(trainer)
         except RuntimeError as error:
             if self.num_stages == 1 or "multiple optimizers" not in str(error):
                 raise
-            raise MisconfigurationException(
-                "`strategy='delayed_mp'` needs a single optimizer, but `configure_optimizers` returned several. Use one"
-                " optimizer with several parameter groups."
-            ) from None
+            raise MisconfigurationException(SEVERAL_OPTIMIZERS) from None
         if self.num_stages > 1:
             check_optimizers([getattr(o, "_optimizer", o) for o in self.optimizers], self._virtual)
 
@@ -291,12 +290,13 @@ class DelayedMPStrategy(StartingStrategy):
 
         exchange = partial(self._exchange_shared, optimizer)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            with self.measuring("update", runner.num_forwards - 1), after_clipping(module, exchange):
+            with in_hook(), self.measuring("update", runner.num_forwards - 1), after_clipping(module, exchange):
                 return super().optimizer_step(optimizer, closure_of_result, model, **kwargs)
         # No gradient is due yet, or nothing here is trained. A step without gradients changes nothing; clipping could
         # not cope with that, and a scheduler wants to see it.
         exchange()
-        optimizer.step(closure_of_result)
+        with in_hook():
+            optimizer.step(closure_of_result)
         scaler = getattr(self.precision_plugin, "scaler", None)
         if isinstance(scaler, StageGradScaler) and runner.has_run_backward:
             scaler.update_without_gradients(optimizer)

@@ -29,7 +29,13 @@ from lightning_dgmp.host import (
 _AVERAGING = callbacks.StochasticWeightAveraging, callbacks.WeightAveraging
 _PRECISIONS = BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision
 
-__all__ = ["check_arguments", "check_devices", "check_optimizers", "check_supported"]
+__all__ = ["SEVERAL_OPTIMIZERS", "check_arguments", "check_devices", "check_optimizers", "check_supported"]
+
+
+SEVERAL_OPTIMIZERS = (
+    "`strategy='delayed_mp'` needs a single optimizer, but `configure_optimizers` returned several. Use one"
+    " optimizer with several parameter groups."
+)
 
 
 def check_arguments(strategy: type, further: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
@@ -131,3 +132,44 @@ def test_a_scheduler_stepped_by_hand_steps_once_a_batch(pool: WorkerPool) -> Non
     expected = pool.run(step_by_hand, 1, {"num_stages": 3, "virtual": True}, 1)[0]
     assert next(row["count"] for _, row in expected.rows if "count" in row) == 20
     assert_equal(pool.run(step_by_hand, 3, {"num_stages": 3}, 3)[0], expected, 1e-6)
+
+
+class Divided(torch.optim.Optimizer):
+    """As Muon of its author: each process computes every n-th update, and all gather what the others have."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            result = None if closure is None else closure()
+        assert (dist.get_world_size(), dist.get_rank()) == (self.world_size, self.rank)
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if i % self.world_size == self.rank:
+                    p.sub_(group["lr"] * p.grad.sign() * p.grad.norm())
+                dist.broadcast(p, dist.get_global_rank(dist.group.WORLD, i % self.world_size))
+        return result
+
+
+class DividedMLP(models.MLP):
+    def configure_optimizers(self) -> Any:
+        return Divided(self.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_optimizers_that_divide_their_work(pool: WorkerPool, num_replicas: int) -> None:
+    args: tuple[Any, ...] = DividedMLP, models.vectors
+    ours = pool.run(fit, 2 * num_replicas, *args, {"num_stages": 2}, 2 * num_replicas)[0]
+    strategy = {"num_stages": 2, "virtual": True}
+    assert_equal(ours, pool.run(_virtual, num_replicas, *args, strategy, num_replicas)[0], 1e-6)
+
+
+def _virtual(*args: Any) -> Any:
+    if not dist.is_initialized():  # one virtual process has no process group, which such an optimizer needs
+        dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    return fit(*args)
