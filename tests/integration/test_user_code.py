@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricTracker
 
@@ -245,7 +246,9 @@ def test_loggers(pool: WorkerPool, tmp_path: Path) -> None:
     ours, expected = ((tmp_path / kind / "csv/metrics.csv").read_text() for kind in ("processes", "virtual"))
     assert ours.splitlines()[0] == expected.splitlines()[0]
     assert len(ours.splitlines()) == len(expected.splitlines()) > 8
-    assert list((tmp_path / "processes/board").glob("events*"))
+    graphs = [EventAccumulator(str(tmp_path / kind / "board")).Reload().Graph() for kind in ("processes", "virtual")]
+    assert [node.name for node in graphs[0].node] == [node.name for node in graphs[1].node]
+    assert "WithExample/Linear[out]/weight/weight" in "\n".join(node.name for node in graphs[0].node)
 
 
 class CopiesMetrics(models.ValidatedMLP):
