@@ -282,3 +282,30 @@ def test_metrics_may_be_copied(pool: WorkerPool) -> None:
     for outcome in pool.run(fit, 2, CopiesMetrics, models.vectors, {"num_stages": 2}, 2, **args):
         assert {"copy_0", "copy_1", "copy_2", "epoch_0", "epoch_1"} <= outcome.metrics.keys()
         assert outcome.metrics == pytest.approx(expected.metrics, rel=1e-5)
+
+
+class MetricsInADict(models.ValidatedMLP):
+    """What is not carried to other stages, but logged."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kept = {"mean": MeanMetric()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.kept["mean"].update(self.loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("mean", self.kept["mean"].compute())
+
+
+def fit_and_validate(devices: int) -> Any:
+    module = MetricsInADict()
+    trainer = train(devices, module)
+    known = float(trainer.callback_metrics["mean"])
+    return known, trainer.validate(module, models.vectors(), verbose=False)[0]["mean"]
+
+
+def test_what_hooks_log_is_that_of_the_last_stage(pool: WorkerPool) -> None:
+    results = pool.run(fit_and_validate, 2, 2)
+    assert results[0] == results[1]
+    assert results[0][0] == results[0][0], "not a number"
