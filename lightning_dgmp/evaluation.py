@@ -99,7 +99,7 @@ class Evaluation:
         try:
             plan = agree_on_plan(lambda: self._make_plan(step), self._world, self._ranks)
         except PlanError as error:
-            reason = str(error)
+            reason = str(error).replace("training_step", key[0])
         else:
             self._transport.open(plan.edges(), by_all=False)
             runner = self._make_runner(plan)

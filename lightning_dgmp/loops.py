@@ -22,6 +22,7 @@ from lightning_dgmp.host import (
     _Loop,
     _PredictionLoop,
     _TrainingEpochLoop,
+    rank_zero_warn,
 )
 from lightning_dgmp.replicas import in_hook
 from lightning_dgmp.wire import Wish
@@ -211,6 +212,12 @@ class _SharingPredictionLoop(_WithStrategy, _PredictionLoop):
         self._strategy.learned.share_state()
         if self.return_predictions:
             self._predictions = self._strategy.share_of_last_stage(self._predictions, "the predictions")
+            if {type(prediction) for of_loader in self._predictions for prediction in of_loader} == {type(None)}:
+                rank_zero_warn(
+                    f"`{type(self.trainer.lightning_module).__name__}.predict_step` returned None for all batches, so"
+                    " nothing is collected. Return the predictions, or call `trainer.predict(return_predictions=False)`"
+                    " if that is on purpose."
+                )
         return super()._on_predict_epoch_end()
 
 

@@ -123,7 +123,8 @@ def check_supported(
         if isinstance(callback, callbacks.LearningRateFinder):
             raise MisconfigurationException(
                 f"{strategy} does not support the search for a learning rate, which steers by the loss of each batch,"
-                f" but there is a `{type(callback).__name__}`. Search on one device without this strategy."
+                f" but there is a `{type(callback).__name__}`, as by `Tuner.lr_find`. Search on one device without this"
+                " strategy."
             )
         if not virtual and isinstance(callback, _AVERAGING):
             raise MisconfigurationException(

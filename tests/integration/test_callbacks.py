@@ -27,6 +27,8 @@ from lightning.pytorch.callbacks import (
     Timer,
     TQDMProgressBar,
 )
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
@@ -313,23 +315,48 @@ def fit_with(callback: Any, **kwargs: Any) -> Any:
     return outcome.global_step
 
 
-@pytest.mark.parametrize("make", [RichProgressBar, DeviceStatsMonitor, TQDMProgressBar, ModelSummary, RichModelSummary])
+@pytest.mark.parametrize("make", [RichProgressBar, DeviceStatsMonitor, TQDMProgressBar])
 def test_lightnings_other_callbacks(pool: WorkerPool, make: Any) -> None:
     args: dict[str, Any] = {"limit_train_batches": 8}
     if "Progress" in make.__name__:
         args["enable_progress_bar"] = True
-    if "Summary" in make.__name__:
-        args["enable_model_summary"] = True
     assert pool.run(fit_with, 2, make(), **args) == [8, 8]
 
 
-def test_the_search_for_a_learning_rate_is_refused(pool: WorkerPool) -> None:
-    for result in pool.try_run(fit_with, 2, LearningRateFinder()):
-        assert isinstance(result, Failure)
-        assert "does not support the search for a learning rate" in result.message
+def fit_with_summary(make: Any, num_stages: int) -> list[Any]:
+    """How many parameters the summaries of this process have, and how many of them are trained."""
+    args: dict[str, Any] = {"callbacks": [make()], "enable_model_summary": True, "limit_train_batches": 8}
+    with patch.object(make, "summarize", wraps=make.summarize) as summarize:
+        fit(models.MLP, models.vectors, {"num_stages": num_stages}, num_stages, **args)
+    return [call.args[1:3] for call in summarize.call_args_list]
 
 
-def test_the_search_for_a_batch_size_is_refused(pool: WorkerPool) -> None:
-    for result in pool.try_run(fit_with, 2, BatchSizeFinder()):
-        assert isinstance(result, Failure)
-        assert "not supported with distributed strategies" in result.message
+@pytest.mark.parametrize(("make", "num_stages"), [(ModelSummary, 4), (RichModelSummary, 2)])
+def test_a_summary_counts_the_whole_model(pool: WorkerPool, make: Any, num_stages: int) -> None:
+    whole = sum(p.numel() for p in models.MLP().parameters())
+    assert pool.run(fit_with_summary, num_stages, make, num_stages) == [[(whole, whole)]] + [[]] * (num_stages - 1)
+
+
+def search() -> list[str]:
+    """What is said to who searches for learning rates and batch sizes."""
+    said = []
+    for callbacks, search in (
+        ([LearningRateFinder()], Trainer.fit),
+        ([], lambda trainer, *args: Tuner(trainer).lr_find(*args)),
+        ([BatchSizeFinder()], Trainer.fit),
+        ([], lambda trainer, *args: Tuner(trainer).scale_batch_size(*args)),
+    ):
+        trainer = Trainer(accelerator="cpu", devices=2, strategy="delayed_mp", logger=False, callbacks=callbacks,
+                          enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+        with pytest.raises((MisconfigurationException, ValueError)) as error:
+            search(trainer, models.MLP(), models.vectors())
+        said.append(str(error.value))
+    return said
+
+
+def test_searches_are_refused(pool: WorkerPool) -> None:
+    for rate, rate_by_tuner, size, size_by_tuner in pool.run(search, 2):
+        assert "does not support the search for a learning rate" in rate
+        assert "there is a `LearningRateFinder`, as by `Tuner.lr_find`. Search on one device" in rate == rate_by_tuner
+        assert "Batch size finder is not supported with distributed strategies" in size
+        assert "Tuning the batch size is currently not supported with distributed strategies" in size_by_tuner

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dgmp import DelayedMPStrategy
 from tests import models
-from tests.pool import CONTEXT, Failure, WorkerPool
+from tests.pool import CONTEXT, Failure, WorkerPool, free_port
 from tests.training import assert_equal, fit
 
 
@@ -174,10 +174,13 @@ def test_resuming_virtual_stages_is_going_on(pool: WorkerPool, tmp_path: Path, s
     assert resumed.rows == whole.rows[step:]
 
 
-def save_and_die(folder: str, where: str) -> None:
-    """Save once, then be killed in the middle of saving again."""
+def save_and_die(rank: int, port: int, folder: str, where: str) -> None:
+    """Save once, then let the process that writes be killed in the middle of saving again."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_RANK=str(rank), NODE_RANK="0"
+    )
     module = models.MLP(width=400)
-    trainer = Trainer(accelerator="cpu", devices=1, strategy=DelayedMPStrategy(2, virtual=True), logger=False,
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=DelayedMPStrategy(2), logger=False,
                       enable_checkpointing=False, enable_progress_bar=False, max_steps=2)  # fmt: skip
     trainer.fit(module, models.vectors())
     trainer.save_checkpoint(f"{folder}/last.ckpt")
@@ -196,13 +199,43 @@ def save_and_die(folder: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["write", "replace"])
 def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> None:
-    process = CONTEXT.Process(target=save_and_die, args=(str(tmp_path), where))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 2
+    port = free_port()
+    workers = [CONTEXT.Process(target=save_and_die, args=(rank, port, str(tmp_path), where)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert workers[0].exitcode == -signal.SIGKILL
+    assert workers[1].exitcode not in (None, 0)
     assert (tmp_path / "last.ckpt.part").exists()
+    module = models.MLP.load_from_checkpoint(tmp_path / "last.ckpt", width=400, weights_only=True)
+    assert module.state_dict().keys() == models.MLP().state_dict().keys()
+
+
+class SavesItsArguments(models.MLP):
+    def __init__(self, width: int = 16, **kwargs: Any) -> None:
+        super().__init__(width=width, **kwargs)
+        self.save_hyperparameters()
+
+
+def fit_saving_weights(folder: str) -> Any:
+    checkpoints = [
+        ModelCheckpoint(folder, filename="weights", save_weights_only=True),
+        ModelCheckpoint(folder, filename="all", every_n_train_steps=10),
+    ]
+    args: dict[str, Any] = {"callbacks": checkpoints, "enable_checkpointing": True, "limit_train_batches": 10}
+    return fit(SavesItsArguments, models.vectors, {"num_stages": 2}, 2, module_args={"width": 24}, **args)
+
+
+def test_the_module_of_a_checkpoint(pool: WorkerPool, tmp_path: Path) -> None:
+    """With all that is saved, and with weights alone."""
+    outcomes = pool.run(fit_saving_weights, 2, str(tmp_path))
+    saved = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    assert not {"optimizer_states", "lr_schedulers", "callbacks"} & saved.keys()
+    assert torch.load(tmp_path / "all.ckpt", weights_only=True)["optimizer_states"]
+    for path in tmp_path.iterdir():
+        loaded = SavesItsArguments.load_from_checkpoint(path, weights_only=True)
+        torch.testing.assert_close(loaded.state_dict(), outcomes[0].state, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,10 @@ def by_name(checkpoint: dict[str, Any]) -> State:
         (({"num_stages": 2}, 2), ({"num_stages": 4}, 4)),
         (("ddp", 2), ({"num_stages": 2}, 2)),
         ((None, 1), ({"num_stages": 4}, 4)),
+        (({"num_stages": 4}, 4), (None, 1)),
+        (({"num_stages": 4}, 4), ({"num_stages": 2}, 2)),
     ],
-    ids=["2 to ddp", "2 to 4", "ddp to 2", "1 to 4"],
+    ids=["2 to ddp", "2 to 4", "ddp to 2", "1 to 4", "4 to 1", "4 to 2"],
 )
 def test_the_optimizers_state_by_parameter(pool: WorkerPool, tmp_path: Path, before: Any, after: Any) -> None:
     pool.run(fit_and_save, before[1], str(tmp_path / "before"), *before)
@@ -67,7 +69,7 @@ def test_the_optimizers_state_by_parameter(pool: WorkerPool, tmp_path: Path, bef
     states = pool.run(fit_and_save, after[1], str(tmp_path / "after"), *after, **resumed)
     assert set().union(*states) == expected.keys()
     for state in states:
-        assert after[0] != "ddp" or state.keys() == expected.keys()
+        assert after[0] not in ("ddp", None) or state.keys() == expected.keys()
         for name, remembered in state.items():
             assert remembered.keys() == {"step", "exp_avg", "exp_avg_sq"}
             torch.testing.assert_close(remembered, expected[name], rtol=0, atol=0)

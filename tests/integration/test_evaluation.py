@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -64,12 +65,12 @@ class Evaluated(models.MLP):
         self.log("seen", torch.stack(self.seen).sum())
         self.seen.clear()
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         loss = self.loss(batch)
         self.log("test_loss", loss)
         return {"loss": loss}
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return self(batch[0]).argmax(-1), batch_idx
 
 
@@ -91,11 +92,11 @@ def evaluate(num_stages: int, virtual: bool) -> dict[str, Any]:
     story["metrics"] = {name: value.item() for name, value in trainer.callback_metrics.items()}
     story["best"] = module.best
     story["after"] = trainer.validate(module, loaders(), verbose=False)
-    story["test"] = trainer.test(module, models.vectors(33, 10), verbose=False)
-    predictions = trainer.predict(module, models.vectors(33, 10))
+    story["test"] = trainer.test(module, loaders(), verbose=False)
+    predictions = trainer.predict(module, loaders())
     if trainer.is_global_zero:
         assert predictions is not None
-        story["predictions"] = [(classes.tolist(), index) for classes, index in predictions]
+        story["predictions"] = [[(classes.tolist(), index) for classes, index in loader] for loader in predictions]
         story["rows"] = logger.rows
     return story
 
@@ -117,6 +118,8 @@ def assert_close(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_evaluation_says_what_one_process_says(pool: WorkerPool, num_stages: int) -> None:
     expected = pool.run(evaluate, 1, num_stages, True)[0]
+    assert [list(of_loader) for of_loader in expected["test"]] == [[f"test_loss/dataloader_idx_{i}"] for i in (0, 1)]
+    assert [len(of_loader) for of_loader in expected["predictions"]] == [4, 5]
     results = pool.run(evaluate, num_stages, num_stages, False)
     assert_close(results[0], expected)
     for other in results[1:]:
@@ -132,8 +135,7 @@ class Generates(models.MLP):
             x = torch.nn.functional.pad(self(x), (0, 4))
         self.log("val_loss", x.square().mean())
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
+    def predict_step(self, batch: Any, batch_idx: int) -> None: ...
 
 
 def generate(num_stages: int, virtual: bool) -> Any:
@@ -146,19 +148,22 @@ def generate(num_stages: int, virtual: bool) -> Any:
     )  # fmt: skip
     with patch("lightning_dgmp.evaluation.rank_zero_warn") as warn:
         trainer.fit(module, models.vectors(), models.vectors(20))
-    value = trainer.callback_metrics["val_loss"].item()
-    predictions = trainer.predict(module, models.vectors(20))
-    warnings = [call.args[0] for call in warn.call_args_list]
-    return value, warnings, predictions
+        value = trainer.callback_metrics["val_loss"].item()
+        with patch("lightning_dgmp.loops.rank_zero_warn", warn):
+            predictions = trainer.predict(module, models.vectors(20))
+    return value, [call.args[0] for call in warn.call_args_list], predictions
 
 
 def test_a_step_that_cannot_be_divided_runs_with_the_whole_model(pool: WorkerPool) -> None:
-    expected, _, nothing = pool.run(generate, 1, 2, True)[0]
+    expected, (empty,), nothing = pool.run(generate, 1, 2, True)[0]
+    assert "`Generates.predict_step` returned None for all batches" in empty
+    assert "Return the predictions, or call `trainer.predict(return_predictions=False)`" in empty
     for value, warnings, predictions in pool.run(generate, 2, 2, False):
         assert value == pytest.approx(expected, rel=1e-5)
-        assert len(warnings) == 1, "the validation; before training both stages may have all of the network"
         assert "`validation_step` runs with the whole model on every process" in warnings[0]
         assert "so a value would have to travel back" in warnings[0]
+        assert "`predict_step` must use parameters of the LightningModule, but it uses none" in warnings[1]
+        assert warnings[2:] == [empty]
         assert predictions == nothing == [None] * 3
 
 
@@ -181,6 +186,56 @@ def test_a_step_whose_later_batches_cannot_be_divided(pool: WorkerPool) -> None:
     for result in pool.try_run(validate_later, 2, GeneratesLater):
         assert "`validation_step` was divided among the stages by its first batch, but a later" in result.message
         assert "runs with the whole model on every process if that shows in its first batch" in result.message
+
+
+begins: list[float] = []
+ends: list[float] = []
+
+
+class Sleeps(models.MLP):
+    """Notes when steps begin, and when they end, which they do on the last stage alone."""
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.02)
+            return super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.nn.ModuleList(self.Layer(16, 16) for _ in range(2))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        begins.append(time.monotonic())
+        result = self(batch[0])
+        ends.append(time.monotonic())
+        return result
+
+    predict_step = validation_step
+
+
+class WaitsForOutputs(Sleeps):
+    def on_validation_batch_end(self, *args: Any) -> None: ...
+
+    def on_predict_batch_end(self, *args: Any) -> None: ...
+
+
+def evaluate_asleep(make: type[Sleeps]) -> Any:
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=DelayedMPStrategy(2), logger=False, enable_progress_bar=False
+    )
+    trainer.validate(make(), models.vectors(64), verbose=False)
+    seen = [(begins[-8:], ends[-8:])]
+    trainer.predict(make(), models.vectors(64))
+    return [*seen, (begins[-8:], ends[-8:])]
+
+
+@pytest.mark.parametrize("make", [Sleeps, WaitsForOutputs])
+def test_stages_evaluate_at_the_same_time(pool: WorkerPool, make: type[Sleeps]) -> None:
+    """Unless all of them want the outputs of a batch, the first one is ahead."""
+    last, first = pool.run(evaluate_asleep, 2, make)
+    for (_, done), (begun, _) in zip(last, first):
+        ahead = [begin < end for begin, end in zip(begun[1:], done)]
+        assert sum(ahead) > 3 if make is Sleeps else not any(ahead)
 
 
 class Writer(BasePredictionWriter):
@@ -324,34 +379,3 @@ def test_what_steps_count_between_hooks_of_batches(pool: WorkerPool, interval: i
     virtual = {"num_stages": 3, "virtual": True}
     expected = pool.run(fit, 1, SetsBackWithin, models.vectors, virtual, 1, **args)[0]
     assert_equal(pool.run(fit, 3, SetsBackWithin, models.vectors, {"num_stages": 3}, 3, **args)[0], expected, 1e-6)
-
-
-class MetricsInADict(models.ValidatedMLP):
-    """What is not carried to other stages, but logged."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.kept = {"mean": MeanMetric()}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.kept["mean"].update(self.loss(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("mean", self.kept["mean"].compute())
-
-
-def validate(devices: int) -> Any:
-    trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy=DelayedMPStrategy(devices), logger=False, max_epochs=1,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    module = MetricsInADict()
-    trainer.fit(module, models.vectors(), models.vectors())
-    known = float(trainer.callback_metrics["mean"])
-    return known, trainer.validate(module, models.vectors(), verbose=False)[0]["mean"]
-
-
-def test_what_hooks_log_is_that_of_the_last_stage(pool: WorkerPool) -> None:
-    results = pool.run(validate, 2, 2)
-    assert results[0] == results[1]
-    assert results[0][0] == results[0][0], "not a number"

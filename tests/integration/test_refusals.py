@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import (
     BitsandbytesPrecision,
     DeepSpeedPrecision,
@@ -305,15 +306,13 @@ def test_what_follows_a_read_belongs_to_the_last_stage(pool: WorkerPool) -> None
 # ----- data
 
 
-def fit_with_averages() -> Any:
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
-
-    return fit(models.MLP, models.vectors, {"num_stages": 2}, 2, callbacks=[StochasticWeightAveraging(0.1)])
-
-
 def test_averages_of_weights(pool: WorkerPool) -> None:
-    results = pool.try_run(fit_with_averages, 2)
-    assert_all_say(results, "does not support averages of weights yet", "`StochasticWeightAveraging`. Remove it")
+    texts = "does not support averages of weights yet", "`StochasticWeightAveraging`. Remove it"
+    assert_all_say(failures(pool, 2, models.MLP, callbacks=[StochasticWeightAveraging(0.1)]), *texts)
+    for callback in (WeightAveraging(), EMAWeightAveraging()):
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback])
+        with pytest.raises(MisconfigurationException, match=f"but there is a `{type(callback).__name__}`. Remove it"):
+            check_supported(trainer, models.MLP(), virtual=False, backward="stash")
 
 
 def no_vectors() -> DataLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from contextlib import ExitStack, nullcontext
@@ -13,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
 from lightning_dgmp import DelayedMPStrategy
@@ -167,6 +169,19 @@ def test_a_missing_shard(pool: WorkerPool, tmp_path: Path) -> None:
     for result in pool.try_run(fit_sharded, 2, str(tmp_path / "on"), 2, ckpt_path=str(path)):
         assert isinstance(result, Failure)
         assert f"`{path}` has no `__1_0.distcp`" in result.message
+
+
+def test_a_folder_of_another_model(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(fit_sharded, 2, str(tmp_path), 2, limit_train_batches=10)
+    path = next(tmp_path.iterdir())
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    strategy = {"num_stages": 2, "save_distributed_checkpoint": True}
+    args: dict[str, Any] = {"callbacks": [ModelCheckpoint(tmp_path, filename=path.stem)], "enable_checkpointing": True}
+    for result in pool.try_run(fit, 2, models.LanguageModel, models.ragged_tokens, strategy, 2,
+                               ckpt_path=str(path), **args):  # fmt: skip
+        assert isinstance(result, Failure)
+        assert re.search("(?s)loading state_dict for LanguageModel.*Missing key.*Unexpected key", result.message)
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "meta.pt"])

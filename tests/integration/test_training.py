@@ -247,15 +247,22 @@ def test_stages_follow_the_schedule(pool: WorkerPool) -> None:
 
 
 class Noisy(models.MLP):
-    """Noise for a value of the first stage, after a random operation on it; every stage keeps what it drew."""
+    """Draws for the batch, and for a value of the first stage after a random operation on it; every stage keeps it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.drawn: list[Any] = [lambda: 0]  # cannot be pickled, so it is not shared, and each stage has its own
+        self.early: list[Any] = [lambda: 0]  # cannot be pickled, so it is not shared, and each stage has its own
+        self.drawn: list[Any] = [lambda: 0]
 
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
-        h = self.inp(x)
+        mask, steps, noise = (
+            torch.bernoulli(torch.full(x.shape, 0.15)),
+            torch.randint(100, y.shape),
+            torch.randn_like(x),
+        )
+        self.early.append(torch.cat([mask, steps[:, None], noise], dim=1))
+        h = self.inp(x * (1 - mask) + noise * steps[:, None] / 100)
         h = nn.functional.dropout(h + 0.1 * torch.randn_like(h), 0.5)
         h = self.hidden[0](h)
         noise = torch.rand(4)
@@ -265,7 +272,7 @@ class Noisy(models.MLP):
         return nn.functional.cross_entropy(self.out(h) + noise, y)
 
 
-def fit_keeping_what_was_drawn(num_stages: int) -> Any:
+def fit_keeping_what_was_drawn(num_stages: int) -> tuple[list[Tensor], list[Tensor]]:
     kept: list[Noisy] = []
 
     def make() -> Noisy:
@@ -273,11 +280,14 @@ def fit_keeping_what_was_drawn(num_stages: int) -> Any:
         return kept[0]
 
     fit(make, models.vectors, {"num_stages": num_stages}, num_stages)
-    return kept[0].drawn[1:]
+    return kept[0].early[1:], kept[0].drawn[1:]
 
 
 def test_random_numbers_drawn_in_a_step_agree(pool: WorkerPool) -> None:
-    last, middle, first = pool.run(fit_keeping_what_was_drawn, 3, 3)
+    early, (last, middle, first) = zip(*pool.run(fit_keeping_what_was_drawn, 3, 3))
+    assert len(torch.cat(early[0]).unique(dim=0)) == 33 * 8 + 4
+    for drawn in early[1:]:
+        torch.testing.assert_close(drawn, early[0], rtol=0, atol=0)
     assert first == []  # it had nothing to do any more
     assert len(torch.stack(last).unique()) == 34 * 4
     torch.testing.assert_close(middle, last, rtol=0, atol=0)

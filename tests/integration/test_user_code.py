@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import grad_norm
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricTracker
 
@@ -245,7 +246,9 @@ def test_loggers(pool: WorkerPool, tmp_path: Path) -> None:
     ours, expected = ((tmp_path / kind / "csv/metrics.csv").read_text() for kind in ("processes", "virtual"))
     assert ours.splitlines()[0] == expected.splitlines()[0]
     assert len(ours.splitlines()) == len(expected.splitlines()) > 8
-    assert list((tmp_path / "processes/board").glob("events*"))
+    graphs = [EventAccumulator(str(tmp_path / kind / "board")).Reload().Graph() for kind in ("processes", "virtual")]
+    assert [node.name for node in graphs[0].node] == [node.name for node in graphs[1].node]
+    assert "WithExample/Linear[out]/weight/weight" in "\n".join(node.name for node in graphs[0].node)
 
 
 class CopiesMetrics(models.ValidatedMLP):
@@ -279,3 +282,30 @@ def test_metrics_may_be_copied(pool: WorkerPool) -> None:
     for outcome in pool.run(fit, 2, CopiesMetrics, models.vectors, {"num_stages": 2}, 2, **args):
         assert {"copy_0", "copy_1", "copy_2", "epoch_0", "epoch_1"} <= outcome.metrics.keys()
         assert outcome.metrics == pytest.approx(expected.metrics, rel=1e-5)
+
+
+class MetricsInADict(models.ValidatedMLP):
+    """What is not carried to other stages, but logged."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kept = {"mean": MeanMetric()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.kept["mean"].update(self.loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("mean", self.kept["mean"].compute())
+
+
+def fit_and_validate(devices: int) -> Any:
+    module = MetricsInADict()
+    trainer = train(devices, module)
+    known = float(trainer.callback_metrics["mean"])
+    return known, trainer.validate(module, models.vectors(), verbose=False)[0]["mean"]
+
+
+def test_what_hooks_log_is_that_of_the_last_stage(pool: WorkerPool) -> None:
+    results = pool.run(fit_and_validate, 2, 2)
+    assert results[0] == results[1]
+    assert results[0][0] == results[0][0], "not a number"
