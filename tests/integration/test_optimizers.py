@@ -48,12 +48,16 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("Adagrad", {}),
     ("RMSprop", {"momentum": 0.5}),
     ("Adafactor", {}),
+    ("Adadelta", {}),
+    ("Adamax", {}),
+    ("ASGD", {}),
+    ("Rprop", {}),
 ]
 
 
 @pytest.mark.parametrize(("name", "kwargs"), OPTIMIZERS, ids=lambda value: str(value))
 def test_processes_equal_virtual_stages(pool: WorkerPool, name: str, kwargs: dict[str, Any]) -> None:
-    args: dict[str, Any] = {"module_args": {"name": name, "kwargs": kwargs}}
+    args: dict[str, Any] = {"module_args": {"name": name, "kwargs": kwargs}, "limit_train_batches": 20}
     expected = pool.run(fit, 1, Matrices, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
     ours = pool.run(fit, 3, Matrices, models.vectors, {"num_stages": 3}, 3, **args)[0]
     assert_equal(ours, expected, 1e-5)

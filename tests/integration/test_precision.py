@@ -268,11 +268,19 @@ def test_the_scale_and_the_norms_are_in_the_checkpoint(pool: WorkerPool, tmp_pat
         torch.testing.assert_close(ours.state[name], value, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true", "64-true"])
-def test_other_precisions(pool: WorkerPool, precision: str) -> None:
-    args: dict[str, Any] = {"precision": precision, "module_args": {"optimizer": "momentum"}}
-    expected = pool.run(fit, 1, models.MLP, models.vectors, {"num_stages": 3, "virtual": True}, 1, **args)[0]
-    ours = pool.run(fit, 3, models.MLP, models.vectors, {"num_stages": 3}, 3, **args)[0]
+@pytest.mark.parametrize(
+    ("precision", "num_stages", "num_replicas"),
+    [
+        ("bf16-mixed", 3, 1), ("bf16-true", 3, 1), ("16-true", 3, 1), ("64-true", 3, 1),
+        ("bf16-mixed", 2, 2), ("bf16-true", 2, 2), ("16-true", 2, 2),
+    ],
+)  # fmt: skip
+def test_other_precisions(pool: WorkerPool, precision: str, num_stages: int, num_replicas: int) -> None:
+    args: dict[str, Any] = {"precision": precision, "module_args": {"optimizer": "momentum"}, "limit_train_batches": 16}
+    strategy, devices = {"num_stages": num_stages}, num_stages * num_replicas
+    virtual = {**strategy, "virtual": True}
+    expected = pool.run(fit, num_replicas, models.MLP, models.vectors, virtual, num_replicas, **args)[0]
+    ours = pool.run(fit, devices, models.MLP, models.vectors, strategy, devices, **args)[0]
     dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
     assert {value.dtype for value in ours.state.values()} == {dtypes.get(precision, torch.float32)}
     assert_equal(ours, expected, 1e-6)
