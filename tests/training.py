@@ -12,8 +12,9 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 
 import lightning_dgmp
+from lightning_dgmp import DelayedMPMonitor
 
-__all__ = ["ListLogger", "Outcome", "assert_equal", "fit"]
+__all__ = ["ListLogger", "Outcome", "Unwatched", "assert_equal", "fit"]
 
 
 class ListLogger(Logger):
@@ -35,6 +36,12 @@ class ListLogger(Logger):
         self.rows.append((step or 0, dict(metrics)))
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Unwatched(DelayedMPMonitor):
+    """Stands where a monitor would be added by itself, and report after every batch, which takes time."""
+
+    def on_train_batch_end(self, *_: Any) -> None: ...
 
 
 class Outcome:
@@ -74,11 +81,13 @@ def fit(
     defaults: dict[str, Any] = dict.fromkeys(
         ("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
+    callbacks = [*trainer_args.pop("callbacks", []), *([] if "logger" in trainer_args else [Unwatched()])]
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=chosen,
         max_epochs=max_epochs,
+        callbacks=callbacks,
         **{"logger": logger, "log_every_n_steps": 1, **defaults, **trainer_args},
     )
     trainer.fit(module, make_loader(), make_val_loader() if make_val_loader else None, ckpt_path=ckpt_path)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import lightning_dgmp
 from tests.compat.modules import CASES, Case
-from tests.training import ListLogger
+from tests.training import ListLogger, Unwatched
 
 __all__ = ["compare", "whole_story"]
 
@@ -95,7 +95,7 @@ def _trainer(
         strategy=chosen,
         max_epochs=max_epochs,
         logger=logger,
-        callbacks=[checkpoint],
+        callbacks=[checkpoint, Unwatched()],
         log_every_n_steps=1,
         num_sanity_val_steps=1,
         enable_progress_bar=False,
