@@ -103,7 +103,8 @@ class Evaluation:
         else:
             self._transport.open(plan.edges(), by_all=False)
             runner = self._make_runner(plan)
-            logged: dict[str, Metric] = self._module.trainer._results or {}
+            results: dict[str, Metric] | None = self._module.trainer._results
+            logged = {} if results is None else results
             names, restore = set(logged), attributes_saved(self._module, *logged.values())
             failure, result = "", None
             try:

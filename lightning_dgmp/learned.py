@@ -114,11 +114,10 @@ class Learned:
         )
         theirs, results = self._share((mine, results), "the metrics")
         more = [{key: value for key, value in own.items() if key not in known} for own, known in zip(mine, theirs)]
-        for of_stage in self._gather(more, "the metrics of other stages"):
-            for metrics, values in zip(mine, of_stage):
-                metrics.update(values)
-        for metrics, values in zip(mine, theirs):
-            metrics.update(values)
+        for metrics, *of_stages in zip(mine, theirs, *self._gather(more, "the metrics of other stages")):
+            merged = {key: value for values in of_stages for key, value in values.items()}
+            metrics.clear()  # so that they are in the same order everywhere
+            metrics.update(merged)
         return results
 
     def _changes(self) -> _Attributes:

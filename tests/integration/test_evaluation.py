@@ -123,6 +123,7 @@ def test_evaluation_says_what_one_process_says(pool: WorkerPool, num_stages: int
     results = pool.run(evaluate, num_stages, num_stages, False)
     assert_close(results[0], expected)
     for other in results[1:]:
+        assert list(other["metrics"]) == list(results[0]["metrics"])
         assert_close(other, {key: value for key, value in results[0].items() if key not in ("predictions", "rows")})
 
 
@@ -167,6 +168,31 @@ def test_a_step_that_cannot_be_divided_runs_with_the_whole_model(pool: WorkerPoo
         assert predictions == nothing == [None] * 3
 
 
+class GeneratesUntil(models.MLP):
+    """Logs before it turns out, by a value that it reads, that the network is called again."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch))
+        x = batch[0]
+        while x.shape[1] < 11:
+            x = torch.nn.functional.pad(self(x[:, -8:]), (4, x.shape[1] - 7))
+            if x.isnan().all():
+                break
+
+
+def validate(module: type[LightningModule], devices: int = 2, **strategy: Any) -> Any:
+    seed_everything(7, verbose=False)
+    chosen = DelayedMPStrategy(**strategy)
+    trainer = Trainer(accelerator="cpu", devices=devices, strategy=chosen, logger=False, enable_progress_bar=False)
+    return trainer.validate(module(), models.vectors(20), verbose=False)[0]
+
+
+def test_what_an_attempt_logs_counts_once(pool: WorkerPool) -> None:
+    expected = pool.run(validate, 1, GeneratesUntil, 1, num_stages=4, virtual=True)[0]
+    for result in pool.run(validate, 4, GeneratesUntil, 4):
+        assert result == pytest.approx(expected, rel=1e-5)
+
+
 class GeneratesLater(Generates):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
@@ -175,15 +201,8 @@ class GeneratesLater(Generates):
             super().validation_step(batch, batch_idx)
 
 
-def validate_later(module: type[LightningModule]) -> None:
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy=DelayedMPStrategy(), logger=False, enable_progress_bar=False
-    )
-    trainer.validate(module(), models.vectors(20), verbose=False)
-
-
 def test_a_step_whose_later_batches_cannot_be_divided(pool: WorkerPool) -> None:
-    for result in pool.try_run(validate_later, 2, GeneratesLater):
+    for result in pool.try_run(validate, 2, GeneratesLater):
         assert "`validation_step` was divided among the stages by its first batch, but a later" in result.message
         assert "runs with the whole model on every process if that shows in its first batch" in result.message
 
