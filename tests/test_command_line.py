@@ -184,6 +184,31 @@ def test_scripts_that_parse_arguments_are_told(capsys: pytest.CaptureFixture[str
     assert "ends the process when it is imported, as scripts do that parse arguments. Let it" in err
 
 
+STANDALONE = """
+import pytorch_lightning as pl
+from torch import nn, ones, optim
+from torch.utils.data import DataLoader
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    def training_step(self, batch):
+        return self.net(batch).sum()
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), 0.1)
+    def train_dataloader(self):
+        return DataLoader(ones(16, 8), 4)
+"""
+
+
+def test_plan_of_the_standalone_package(tmp_path: Path) -> None:
+    (tmp_path / "project.py").write_text(STANDALONE)
+    command = [sys.executable, "-m", "lightning_dgmp", "plan", "project.py:Model", "--stages", "2", "--json"]
+    done = run_script(command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["split_at"] == ["net.1"]
+
+
 # ----- simulate
 
 
