@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 _PLAN = """\
 Where a LightningModule would be cut, how fast that would be, and what each stage would hold. Nothing is trained: the
-step is traced on the first batch.
+step is traced on the first batch, with TensorBoard's logger in a folder that is gone afterwards.
 
     python -m lightning_dgmp plan train.py:LitModel --data train.py:DataModule --stages 2 4 8
     python -m lightning_dgmp plan project.models:GPT --args '{"layers": 24}' --data project.data:make_loader

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.host import LightningModule, MisconfigurationException, Trainer
@@ -40,13 +42,13 @@ def trace_of(module: LightningModule, data: Any = None) -> Trace:
         data: A data module or a loader; by default the module's own.
     """
     strategy = _Planning(num_stages=2, virtual=True)
-    trainer = Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False, max_epochs=1,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-    )  # fmt: skip
     is_module = hasattr(data, "train_dataloader")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as folder:  # with a logger, which hooks and callbacks may use
         warnings.simplefilter("ignore")
+        trainer = Trainer(
+            accelerator="cpu", devices=1, strategy=strategy, default_root_dir=folder, max_epochs=1,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
         with suppress(_Planned):
             trainer.fit(module, datamodule=data) if is_module else trainer.fit(module, data)
     assert strategy.trace is not None
@@ -62,6 +64,10 @@ class _Planning(DelayedMPStrategy):
         assert self.lightning_module is not None
         self.trace = self._trace(batch, batch_idx)
         raise _Planned
+
+    @override
+    def save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Not even where a callback saves at exceptions."""
 
 
 class _Planned(Exception):

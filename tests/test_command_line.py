@@ -209,6 +209,36 @@ def test_plan_of_the_standalone_package(tmp_path: Path) -> None:
     assert json.loads(done.stdout)[0]["split_at"] == ["net.1"]
 
 
+LOGGING = """
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint
+from tests import models
+class Logging(models.MLP):
+    def configure_callbacks(self):
+        every = ModelCheckpoint("saved", every_n_train_steps=1)
+        return [LearningRateMonitor("step"), every, OnExceptionCheckpoint("saved")]
+    def on_train_start(self):
+        self.logger.log_hyperparams({"width": 8}, {"hp/metric": 0})
+        self.logger.experiment.add_text("notes", "of the run")
+        assert self.trainer.checkpoint_callback.dirpath
+        (Path(self.trainer.log_dir) / "samples").mkdir()
+    def training_step(self, batch, batch_idx):
+        self.logger.experiment.add_scalar("of the step", 1.0, batch_idx)
+        return super().training_step(batch, batch_idx)
+"""
+
+
+def test_a_plan_leaves_no_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """Although there are a logger and checkpoints, as in training."""
+    (tmp_path / "logging_project.py").write_text("from pathlib import Path\n" + LOGGING)
+    (tmp_path / "here" / "temporary").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "here" / "temporary"))
+    argv = ["plan", f"{tmp_path}/logging_project.py:Logging", "--data", "tests.models:vectors", "--stages", "2"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    assert [path.name for path in Path().rglob("*")] == ["temporary"]
+
+
 # ----- simulate
 
 
