@@ -104,7 +104,7 @@ def _parser() -> ArgumentParser:
 
     add = command("run", _RUN, _run).add_argument
     add("script", type=Path)
-    add("arguments", nargs=REMAINDER, help="those of the script")
+    add("arguments", nargs=REMAINDER, help="of the script, `--json` too: this command has none").required = False
     return parser
 
 

@@ -397,6 +397,12 @@ def test_run_leaves_errors_as_they_are(capsys: pytest.CaptureFixture[str], tmp_p
     assert "is no file" in err
 
 
+def test_run_needs_a_script_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert "the following arguments are required: script\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["plan", "simulate", "report", "run"])
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as end:
