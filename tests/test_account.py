@@ -18,6 +18,7 @@ import lightning_dgmp
 from lightning_dgmp.account import advice_for, efficiency, period, scalars_of, speedup, summary_of
 from lightning_dgmp.pictures import draw_timeline
 from lightning_dgmp.reports import Report, saved_by
+from lightning_dgmp.simulator import StageCost, delayed, simulate
 from lightning_dgmp.timing import KINDS, Span
 
 
@@ -116,3 +117,12 @@ def test_the_number_of_a_batch_stands_beside_waits() -> None:
     figure = draw_timeline([spans])
     (number,) = figure.axes[0].texts
     assert (number.get_text(), number.get_position()) == ("7", (pytest.approx(8750), 0))
+
+
+def test_late_batches_are_numbered_by_their_last_digits() -> None:
+    costs = [StageCost(1.0, 2.0)] * 4
+    stages = [[s._replace(batch=s.batch + 11_970) for s in spans[60:120]] for spans in simulate(delayed(4, 60), costs)]
+    axes = draw_timeline(stages, num_batches=4).axes[0]
+    assert len(axes.texts) == sum(bar.get_width() > 1 for bar in axes.patches)  # all that are no slivers
+    assert {text.get_text() for text in axes.texts} == {"05", "06", "07", "08", "09", "10", "11"}
+    assert axes.get_xlabel() == "milliseconds; last two digits of batches 12005 to 12011"
