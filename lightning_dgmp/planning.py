@@ -86,7 +86,7 @@ def plans_of(trace: Trace, module: nn.Module, numbers: list[int]) -> dict[int, P
 
 
 def predict_plan(plan: Plan, slack: int = 0) -> Prediction:
-    """What the pipeline comes to if all devices are equal and messages take no time; its unit of time means nothing."""
+    """What the pipeline comes to if devices are equal and messages take no time, in times of one operation."""
     costs = [StageCost(stage.cost / 3, 2 * stage.cost / 3) for stage in plan.stages]
     return predict(delayed(plan.num_stages, 8 * plan.num_stages * (1 + slack) + 8, slack), costs)
 
@@ -99,6 +99,7 @@ def as_json(number: int, plan: Plan | str) -> dict[str, Any]:
     return {
         "num_stages": number,
         "speedup": prediction.speedup,
+        "batches_per_second_per_tflops": 1e12 / prediction.period,
         "split_at": [stage.first_module for stage in plan.stages[1:]],
         "stages": [
             {**vars(stage), "memory": {**one._asdict(), "total": one.total}}
@@ -117,5 +118,6 @@ def describe(plan: Plan, told: dict[str, Any]) -> str:
     memory = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
     return (
         f"{plan.table()}\n\nAt most, with an optimizer as Adam, and all values that the forwards make:\n{memory}\n\n"
-        f"Predicted: {told['speedup']:.2f} times as fast as one device, if messages take no time."
+        f"Predicted: {told['speedup']:.2f} times as fast as one device, if messages take no time:"
+        f" {told['batches_per_second_per_tflops']:.3g} batches a second for each TFLOP/s of a device."
     )
