@@ -52,6 +52,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("first module") == 2
     assert "gpt.blocks.2.qkv" in out
     assert "Predicted: 1.9" in out
+    assert " batches a second for each TFLOP/s of a device" in out
     assert "`num_stages=40` needs 39 cuts" in out
     code, out, _ = run(capsys, *argv, "--json")
     two, four, forty, none = json.loads(out)
@@ -59,6 +60,8 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert none["refused"] == "`num_stages` must be at least 1, but is 0."
     assert two["split_at"] == ["gpt.blocks.2.qkv"]
     assert 3 < four["speedup"] < 4
+    total = sum(stage["cost"] for stage in four["stages"])
+    assert four["batches_per_second_per_tflops"] == pytest.approx(four["speedup"] * 1e12 / total)
     assert "refused" in forty
     memory = two["stages"][0]["memory"]
     assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
@@ -311,6 +314,19 @@ def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ["steps", "30", "20", "0.68 times as few"],
         ["both", "1.35 times sooner"],
     ]
+
+
+def test_runs_are_compared_by_smoothed_losses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One lucky batch of 100 is no target."""
+    losses = [100.0 - step for step in range(100)]
+    lucky = [*losses[:10], 0.0, *losses[11:]]
+    folders = [str(log(tmp_path / name, 0.1, run, monitored=False)) for name, run in (("a", lucky), ("b", losses))]
+    _, out, _ = run(capsys, "report", *folders, "--json")
+    comparison = json.loads(out)["comparison"]
+    assert (comparison["target"], comparison["mean_of"]) == (3.0, 5)
+    assert comparison["steps"] == [990, 990]
+    _, out, _ = run(capsys, "report", *folders)
+    assert "`val_loss` down to 3, mean of 5 entries" in out
 
 
 def test_shares_of_a_stage_sum_to_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
