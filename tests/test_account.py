@@ -126,3 +126,10 @@ def test_late_batches_are_numbered_by_their_last_digits() -> None:
     assert len(axes.texts) == sum(bar.get_width() > 1 for bar in axes.patches)  # all that are no slivers
     assert {text.get_text() for text in axes.texts} == {"05", "06", "07", "08", "09", "10", "11"}
     assert axes.get_xlabel() == "milliseconds; last two digits of batches 12005 to 12011"
+
+
+def test_bad_input_of_the_monitor() -> None:
+    with pytest.raises(ValueError, match="`trace_steps` must be two steps, the first before the second, but is"):
+        lightning_dgmp.DelayedMPMonitor(trace_steps=(5, 5))
+    with pytest.raises(ValueError, match="`trace_steps` must be at most 10000 steps apart, but is"):
+        lightning_dgmp.DelayedMPMonitor(trace_steps=(5, 20_000))
