@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 _PLAN = """\
 Where a LightningModule would be cut, how fast that would be, and what each stage would hold. Nothing is trained: the
-step is traced on the first batch.
+step is traced on the first batch, with TensorBoard's logger in a folder that is gone afterwards.
 
     python -m lightning_dgmp plan train.py:LitModel --data train.py:DataModule --stages 2 4 8
     python -m lightning_dgmp plan project.models:GPT --args '{"layers": 24}' --data project.data:make_loader
@@ -104,7 +104,7 @@ def _parser() -> ArgumentParser:
 
     add = command("run", _RUN, _run).add_argument
     add("script", type=Path)
-    add("arguments", nargs=REMAINDER, help="those of the script")
+    add("arguments", nargs=REMAINDER, help="of the script, `--json` too: this command has none").required = False
     return parser
 
 
@@ -129,19 +129,21 @@ def _save(path: Path, draw: str, *args: Any) -> None:
 
 
 def _plan(args: Namespace) -> None:
-    from lightning_dgmp import planning
+    from lightning_dgmp import project
 
     with redirect_stdout(sys.stderr):  # what the project prints is no part of the plan
         with _refusing(ValueError):
-            module = planning.make(args.module, "The module", args.args, planning.LightningModule)
-            data = None if args.data is None else planning.make_data(args.data, args.data_args)
+            module = project.make_module(args.module, args.args)
+            data = None if args.data is None else project.make_data(args.data, args.data_args)
+        from lightning_dgmp import planning  # late, because it takes the Lightning that the project has imported
+
         try:
             with _refusing(*planning.REFUSALS):
                 trace = planning.trace_of(module, data)
         except _Refused:
             raise
         except Exception as error:
-            raise _Refused(f"{planning.place_of(error)} raised {planning.text_of(error)}\n\n{format_exc()}") from error
+            raise _Refused(f"{project.place_of(error)} raised {project.text_of(error)}\n\n{format_exc()}") from error
     plans = planning.plans_of(trace, module, args.stages)
     found = [planning.as_json(number, plan) for number, plan in plans.items()]
     if args.json:

@@ -70,7 +70,7 @@ def advice_for(reports: Sequence[Report]) -> str | None:
         return None
     loading = max(report.shares["wait_data"] for report in reports[:1])
     slowest = max(range(len(reports)), key=lambda k: reports[k].busy)
-    others = max(report.shares["other"] for report in reports)
+    others, distracted = max((report.shares["other"], k) for k, report in enumerate(reports))
     what = {
         "wait_activation": "an activation",
         "wait_error": "an error",
@@ -87,8 +87,8 @@ def advice_for(reports: Sequence[Report]) -> str | None:
         )
     if others > _LONG_WAIT:
         return text + (
-            f"callbacks, hooks and logging take {100 * others:.0f} % of the time of a stage. Log less often, or use"
-            " larger batches."
+            f"callbacks, hooks and logging take {100 * others:.0f} % of the time of stage {distracted}. Log less often,"
+            " or use larger batches."
         )
     return text + (
         "no stage computes all the time, so messages take long in comparison with a batch. Use larger batches, or"

@@ -80,7 +80,9 @@ class Comparison(NamedTuple):
 
     Attributes:
         tag: Of the loss.
-        target: The lowest loss that both have reached.
+        target: The lowest loss that both have reached, in means of neighbouring entries of the log, so that no lucky
+            batch decides.
+        mean_of: How many entries: a twentieth of those of the shorter log, from 1 to 100.
         steps: How many steps each needs for it.
         faster: How many times faster the first makes a step.
         fewer: How many times fewer steps it needs.
@@ -89,6 +91,7 @@ class Comparison(NamedTuple):
 
     tag: str
     target: float
+    mean_of: int
     steps: tuple[int, int]
     faster: float
     fewer: float
@@ -101,8 +104,9 @@ class Comparison(NamedTuple):
             names: Of the two runs.
             seconds: A step of each takes.
         """
+        smoothed = f", mean of {self.mean_of} entries" if self.mean_of > 1 else ""
         rows = [
-            (f"`{self.tag}` down to {self.target:.4g}", *names, "the first against the second"),
+            (f"`{self.tag}` down to {self.target:.4g}{smoothed}", *names, "the first against the second"),
             ("ms a step", *(f"{1000 * s:.1f}" for s in seconds), f"{self.faster:.2f} times as fast"),
             ("steps", *map(str, self.steps), f"{self.fewer:.2f} times as few"),
             ("both", "", "", f"{self.speedup:.2f} times sooner"),
@@ -154,15 +158,24 @@ def compare(run: Run, other: Run, tag: str) -> Comparison:
     Raises:
         ValueError: If one has no finite loss.
     """
-    lowest = [min((e.value for e in r.scalars[tag] if math.isfinite(e.value)), default=None) for r in (run, other)]
+    mean_of = min(max(min(len(r.scalars[tag]) for r in (run, other)) // 20, 1), 100)
+    means = [_means(r.scalars[tag], mean_of) for r in (run, other)]
+    lowest = [min((e.value for e in events), default=None) for events in means]
     if lowest[0] is None or lowest[1] is None:
         folder = (run if lowest[0] is None else other).folder
         raise ValueError(f"Runs are compared by a finite `{tag}`, but all of {folder} are NaN or infinite.")
     target = max(lowest[0], lowest[1])
-    steps = [next(event.step for event in r.scalars[tag] if event.value <= target) for r in (run, other)]
+    steps = [next(event.step for event in events if event.value <= target) for events in means]
     faster = other.seconds_per_step / run.seconds_per_step
     fewer = (steps[1] + 1) / (steps[0] + 1)  # steps count from 0
-    return Comparison(tag, target, (steps[0], steps[1]), faster, fewer, faster * fewer)
+    return Comparison(tag, target, mean_of, (steps[0], steps[1]), faster, fewer, faster * fewer)
+
+
+def _means(events: Sequence[Event], number: int) -> list[Event]:
+    """The finite means of so many entries, each with the step of its last one."""
+    windows = [events[end - number : end] for end in range(number, len(events) + 1)]
+    means = [window[-1]._replace(value=statistics.fmean(event.value for event in window)) for window in windows]
+    return [mean for mean in means if math.isfinite(mean.value)]
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,8 @@ class DelayedMPMonitor(Callback):
         self._has_drawn = False  # since the last report, which takes time
         self.for_tensorboard_alone = False  # and the console
         self._is_first = True  # whether the pipeline has just begun to fill
-        self._is_tracing = self._has_traced = False  # since the first of these steps; and whether there is a file
+        self._is_tracing = False  # since the first of these steps
+        self._traced: Path | None = None  # the file, also of an earlier training
         self._trace_ends_with: int | None = None  # the number of a report
         self._next_picture = 0.0  # when there is time for it
         self._latest: Sequence[Report] = []  # of which there is no picture
@@ -82,7 +84,7 @@ class DelayedMPMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_first, self._trace_ends_with, self._ended = True, None, None
         self._next_picture = time.monotonic() + _UNTIL_FIRST_PICTURE
-        self._is_tracing, self._has_traced, self._plan_drawn = False, False, None
+        self._is_tracing, self._plan_drawn = False, None
         self._of_epoch, self._of_filling = [], []
 
     @override
@@ -144,7 +146,7 @@ class DelayedMPMonitor(Callback):
                 time.sleep(0.005)
                 self._show(trainer, reporter)
             self._draw_timeline(trainer)
-            if self.trace_steps is not None and not self._has_traced:
+            if self.trace_steps is not None and self._traced != _folder(trainer) / TRACE_FILE:
                 self._say(
                     f"There is no `{TRACE_FILE}`: `trace_steps={self.trace_steps}` must both be reached in training,"
                     f" but it ended after step {trainer.global_step}."
@@ -170,8 +172,9 @@ class DelayedMPMonitor(Callback):
         for logger in _tensorboards(trainer) if self.for_tensorboard_alone else trainer.loggers:
             logger.log_metrics(scalars_of(reports), step=step)
         if step == self._trace_ends_with:
-            write_trace(_folder(trainer) / TRACE_FILE, [report.spans for report in reports])
-            self._has_traced = True
+            path = _folder(trainer) / TRACE_FILE
+            write_trace(path, [report.spans for report in reports])
+            self._traced = path
         if self._is_first:
             self._of_filling.append(reports)
         else:  # the pipeline was full
@@ -203,13 +206,13 @@ class DelayedMPMonitor(Callback):
                     " without pictures. `DelayedMPMonitor(pictures=False)` needs none."
                 )
             return
-        try:
-            from lightning_dgmp import pictures
-        except ImportError:
-            self._say("The pipeline's monitor draws with matplotlib, which is missing: `pip install matplotlib`.")
-            return
-        self._has_drawn = True
         with self._going_on("could not draw"):
+            try:
+                from lightning_dgmp import pictures
+            except ImportError:
+                self._say("The pipeline's monitor draws with matplotlib, which is missing: `pip install matplotlib`.")
+                return
+            self._has_drawn = True
             for logger in loggers:
                 logger.experiment.add_figure(f"pipeline/{name}", draw(pictures), step)
 
@@ -227,7 +230,10 @@ class DelayedMPMonitor(Callback):
         """Once, on any process."""
         if (key or warning) not in self._said:
             self._said.add(key or warning)
-            warnings.warn(warning, stacklevel=2)
+            try:
+                warnings.warn(warning, stacklevel=2)
+            except UserWarning:  # where warnings are errors, this is none
+                print(warning, file=sys.stderr)
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -31,6 +31,7 @@ _MEMORY = (
 )
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 _HATCHES = {"wait_activation": "///", "wait_error": "\\\\\\", "wait_data": "...", "wait_send": "xxx"}
+_NUMBERED = ("forward", "backward", "inputs")
 _WIDTH = (
     4.2  # inches: TensorBoard shows a picture some 350 pixels wide, in which what is 9 points high is 10 pixels high
 )
@@ -39,6 +40,8 @@ _FONT = 9
 
 def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "", num_batches: int | None = None) -> Figure:
     """One row a stage, input first: boxes with the numbers of batches, in milliseconds.
+
+    From batch 100 on only the last two digits stand in the boxes.
 
     Args:
         stages: The spans of each; only the time for which all have some is shown.
@@ -56,6 +59,8 @@ def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "", num_batches
     figure, axes = _figure(len(stages), min(max(_WIDTH, 0.8 * len(begins)), 3 * _WIDTH))
     width_of_digit = (end - begin) / figure.get_figwidth() / 14
     shortest_wait = 0.003 * (end - begin)
+    is_late = max((span.batch for spans in stages for span in spans), default=0) > 99
+    numbers = set()
     kinds: dict[str, None] = {}
     for stage, spans in enumerate(stages):
         for span in sorted(spans, key=lambda span: span.start):  # so that what is inside is drawn over it
@@ -65,14 +70,18 @@ def draw_timeline(stages: Sequence[Sequence[Span]], title: str = "", num_batches
             kinds.setdefault(span.kind)
             axes.barh(stage, 1000 * length, left=1000 * (start - begin), height=0.8, **_look(span.kind))
             first, end_of_first = _longest_work(start, span.end, spans)
-            is_wide = end_of_first - first > len(str(span.batch)) * width_of_digit
-            if span.kind in ("forward", "backward", "inputs") and is_wide:
+            number = f"{span.batch % 100:02}" if is_late else str(span.batch)
+            if span.kind in _NUMBERED and end_of_first - first > len(number) * width_of_digit:
                 middle = 1000 * ((first + end_of_first) / 2 - begin)
-                axes.text(middle, stage, str(span.batch), ha="center", va="center", fontsize=_FONT - 2)
+                numbers.add(span.batch)
+                axes.text(middle, stage, number, ha="center", va="center", fontsize=_FONT - 2)
     axes.set_yticks(range(len(stages)), [f"stage {stage}" for stage in range(len(stages))])
     axes.set_ylim(len(stages) - 0.5, -0.5)
     axes.set_xlim(0, 1000 * (end - begin))
-    axes.set_xlabel("milliseconds; numbers are those of batches")
+    those = "numbers are those of batches"
+    if is_late and numbers:
+        those = f"last two digits of batches {min(numbers)} to {max(numbers)}"
+    axes.set_xlabel(f"milliseconds; {those}")
     axes.set_title(title, fontsize=_FONT)
     figure.legend(handles=[Patch(label=_NAMES.get(kind, kind), **_look(kind)) for kind in sorted(kinds)],
                   loc="outside lower center", ncols=round(figure.get_figwidth() / 1.6), fontsize=_FONT - 1,

@@ -52,6 +52,7 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("first module") == 2
     assert "gpt.blocks.2.qkv" in out
     assert "Predicted: 1.9" in out
+    assert " batches a second for each TFLOP/s of a device" in out
     assert "`num_stages=40` needs 39 cuts" in out
     code, out, _ = run(capsys, *argv, "--json")
     two, four, forty, none = json.loads(out)
@@ -59,6 +60,8 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert none["refused"] == "`num_stages` must be at least 1, but is 0."
     assert two["split_at"] == ["gpt.blocks.2.qkv"]
     assert 3 < four["speedup"] < 4
+    total = sum(stage["cost"] for stage in four["stages"])
+    assert four["batches_per_second_per_tflops"] == pytest.approx(four["speedup"] * 1e12 / total)
     assert "refused" in forty
     memory = two["stages"][0]["memory"]
     assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
@@ -184,6 +187,61 @@ def test_scripts_that_parse_arguments_are_told(capsys: pytest.CaptureFixture[str
     assert "ends the process when it is imported, as scripts do that parse arguments. Let it" in err
 
 
+STANDALONE = """
+import pytorch_lightning as pl
+from torch import nn, ones, optim
+from torch.utils.data import DataLoader
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    def training_step(self, batch):
+        return self.net(batch).sum()
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), 0.1)
+    def train_dataloader(self):
+        return DataLoader(ones(16, 8), 4)
+"""
+
+
+def test_plan_of_the_standalone_package(tmp_path: Path) -> None:
+    (tmp_path / "project.py").write_text(STANDALONE)
+    command = [sys.executable, "-m", "lightning_dgmp", "plan", "project.py:Model", "--stages", "2", "--json"]
+    done = run_script(command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["split_at"] == ["net.1"]
+
+
+LOGGING = """
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint
+from tests import models
+class Logging(models.MLP):
+    def configure_callbacks(self):
+        every = ModelCheckpoint("saved", every_n_train_steps=1)
+        return [LearningRateMonitor("step"), every, OnExceptionCheckpoint("saved")]
+    def on_train_start(self):
+        self.logger.log_hyperparams({"width": 8}, {"hp/metric": 0})
+        self.logger.experiment.add_text("notes", "of the run")
+        assert self.trainer.checkpoint_callback.dirpath
+        (Path(self.trainer.log_dir) / "samples").mkdir()
+    def training_step(self, batch, batch_idx):
+        self.logger.experiment.add_scalar("of the step", 1.0, batch_idx)
+        return super().training_step(batch, batch_idx)
+"""
+
+
+def test_a_plan_leaves_no_file(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
+    """Although there are a logger and checkpoints, as in training."""
+    (tmp_path / "logging_project.py").write_text("from pathlib import Path\n" + LOGGING)
+    (tmp_path / "here" / "temporary").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "here" / "temporary"))
+    argv = ["plan", f"{tmp_path}/logging_project.py:Logging", "--data", "tests.models:vectors", "--stages", "2"]
+    code, _, err = run(capsys, *argv)
+    assert code == 0, err
+    assert [path.name for path in Path().rglob("*")] == ["temporary"]
+
+
 # ----- simulate
 
 
@@ -256,6 +314,19 @@ def test_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ["steps", "30", "20", "0.68 times as few"],
         ["both", "1.35 times sooner"],
     ]
+
+
+def test_runs_are_compared_by_smoothed_losses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One lucky batch of 100 is no target."""
+    losses = [100.0 - step for step in range(100)]
+    lucky = [*losses[:10], 0.0, *losses[11:]]
+    folders = [str(log(tmp_path / name, 0.1, run, monitored=False)) for name, run in (("a", lucky), ("b", losses))]
+    _, out, _ = run(capsys, "report", *folders, "--json")
+    comparison = json.loads(out)["comparison"]
+    assert (comparison["target"], comparison["mean_of"]) == (3.0, 5)
+    assert comparison["steps"] == [990, 990]
+    _, out, _ = run(capsys, "report", *folders)
+    assert "`val_loss` down to 3, mean of 5 entries" in out
 
 
 def test_shares_of_a_stage_sum_to_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -340,6 +411,12 @@ def test_run_leaves_errors_as_they_are(capsys: pytest.CaptureFixture[str], tmp_p
     code, _, err = run(capsys, "run", str(tmp_path / "none.py"))
     assert code == 1
     assert "is no file" in err
+
+
+def test_run_needs_a_script_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert "the following arguments are required: script\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["plan", "simulate", "report", "run"])

@@ -16,25 +16,23 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_dgmp import DelayedMPMonitor, DelayedMPStrategy
-from lightning_dgmp.reports import Reporter, saved_by
+from lightning_dgmp.reports import Reporter
+from lightning_dgmp.simulator import StageCost, delayed, predict
 from lightning_dgmp.timing import KINDS
 from tests import models
 from tests.pool import WorkerPool
 from tests.training import ListLogger, Outcome, assert_equal, fit
 
 SHARES = (*KINDS, "other")
+SLEPT: list[tuple[str, float, float]] = []  # (in place of what, when, how long) this process slept
 
 
-SLEPT: list[tuple[float, float]] = []  # (when, how long) this process slept
-
-
-def sleep(seconds: float) -> None:
+def sleep(kind: str, seconds: float) -> None:
     start = time.monotonic()
     time.sleep(seconds)
-    SLEPT.append((start, time.monotonic() - start))
+    SLEPT.append((kind, start, time.monotonic() - start))
 
 
 class SleepingLayer(nn.Module):
@@ -46,9 +44,9 @@ class SleepingLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        sleep(self.seconds)
+        sleep("forward", self.seconds)
         if y.requires_grad:
-            y.register_hook(lambda _: sleep(2 * self.seconds))
+            y.register_hook(lambda _: sleep("backward", 2 * self.seconds))
         return y
 
 
@@ -125,38 +123,58 @@ def test_tensorboard_has_it_by_default(pool: WorkerPool, tmp_path: Path) -> None
 
 
 class Stopwatch(Callback):
-    """Measures, on each rank, what the monitor is to find: seconds a batch, and how many of them its process slept."""
+    """Measures, on each rank, what the monitor is to find: seconds a batch, and how many of them its process worked."""
 
     def __init__(self, first: int, last: int) -> None:
-        self.first, self.last, self.starts = first, last, dict[int, float]()
+        self.first, self.last, self.starts = first, last, dict[int, tuple[float, float]]()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.starts[batch_idx] = time.monotonic()
+        self.starts[batch_idx] = time.monotonic(), time.thread_time()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        start, end = self.starts[self.first], self.starts[self.last]
-        self.period = (end - start) / (self.last - self.first)
-        self.share = sum(seconds for when, seconds in SLEPT if start <= when < end) / (end - start)
+        (start, cpu_before), (end, cpu) = self.starts[self.first], self.starts[self.last]
+        number = self.last - self.first
+        slept = dict.fromkeys(("forward", "backward"), 0.0)
+        for kind, when, seconds in SLEPT:
+            slept[kind] += seconds / number if start <= when < end else 0
+        self.period = (end - start) / number
+        self.cost = StageCost(**slept, update=(cpu - cpu_before) / number)  # with all that is no sleep
 
 
-def train_watched(*args: Any, **kwargs: Any) -> tuple[list[str], float, float]:
+def train_watched(*args: Any, **kwargs: Any) -> tuple[list[str], float, StageCost]:
     watch = Stopwatch(12, 23)
     said = train(*args, **kwargs, callbacks=[DelayedMPMonitor(pictures=False), watch])
-    return said, watch.period, watch.share
+    return said, watch.period, watch.cost
 
 
-def test_the_monitor_names_the_slow_stage(pool: WorkerPool, tmp_path: Path) -> None:
-    """Of three stages the second one is twice as slow: the others wait for half of the time.
+@pytest.fixture(scope="module")
+def watched(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A training of three stages of which the second one is twice as slow, and what its ranks say, by stages.
 
-    A busy machine makes batches longer and work slower, so what the monitor says is compared with a stopwatch.
+    A busy machine makes batches longer and work slower, so what the monitor and the simulator say is compared with a
+    stopwatch.
     """
+    folder = tmp_path_factory.mktemp("watched")
     args = {"log_every_n_steps": 12, "limit_train_batches": 24}
-    results = pool.run(train_watched, 3, str(tmp_path), 3, (0.06, 0.12, 0.06), **args)
-    said, periods, slept = zip(*results[::-1])  # by stages
-    found = events(tmp_path)
+    results = pool.run(train_watched, 3, str(folder), 3, (0.06, 0.12, 0.06), **args)
+    return folder, *zip(*results[::-1])
+
+
+def test_the_simulator_agrees_with_the_stopwatch(watched: Any) -> None:
+    """Which sees more where the processes wait for a processor."""
+    _, _, periods, costs = watched
+    assert max(cost.forward + cost.backward for cost in costs) <= predict(delayed(3, 48), costs).period
+    assert predict(delayed(3, 48), costs).period <= 1.05 * sum(periods) / 3
+
+
+def test_the_monitor_names_the_slow_stage(watched: Any) -> None:
+    """The others wait for half of the time."""
+    folder, said, periods, costs = watched
+    found = events(folder)
     shares = [{kind: scalar(found, f"stage_{k}/{kind}")[-1] for kind in SHARES} for k in range(3)]
     busy = [of["forward"] + of["backward"] for of in shares]
-    assert all(share >= least - 0.03 for share, least in zip(busy, slept)), (busy, slept)
+    least = [(cost.forward + cost.backward) / period for cost, period in zip(costs, periods)]
+    assert all(share >= slept - 0.03 for share, slept in zip(busy, least)), (busy, least)
     assert max(shares[0], key=lambda kind: shares[0][kind] * kind.startswith("wait")) == "wait_error"
     assert max(shares[2], key=lambda kind: shares[2][kind] * kind.startswith("wait")) == "wait_activation"
     assert scalar(found, "pipeline/period")[-1] == pytest.approx(sum(periods) / 3, rel=0.15)
@@ -233,16 +251,26 @@ def train_with_short_memory(folder: str, window: tuple[int, int]) -> None:
 
 
 def test_a_trace_that_is_not_reached_is_missed(pool: WorkerPool, tmp_path: Path) -> None:
-    callbacks = [DelayedMPMonitor(False, (30, 40))]
-    said = pool.run(train, 2, str(tmp_path), 2, (0.001, 0.001), callbacks=callbacks)
+    said = pool.run(train, 2, str(tmp_path), 2, (0.001, 0.001), callbacks=[DelayedMPMonitor(False, (30, 40))])
     assert "There is no `pipeline_trace.json`: `trace_steps=(30, 40)`" in "".join(said[0])
     assert "pipeline_trace" not in "".join(said[1])
 
 
+def train_twice(folder: str) -> list[str]:
+    """The second training, which writes into the same folder, is too short for a trace."""
+    monitor = DelayedMPMonitor(False, (2, 6))
+    train(folder, 2, (0.001, 0.001), callbacks=[monitor], limit_train_batches=8)
+    return train(folder, 2, (0.001, 0.001), callbacks=[monitor], limit_train_batches=4)
+
+
+def test_a_trace_of_an_earlier_training_is_not_missed(pool: WorkerPool, tmp_path: Path) -> None:
+    assert "There is no" not in "".join(pool.run(train_twice, 2, str(tmp_path))[0])
+    assert (tmp_path / "pipeline_trace.json").is_file()
+
+
 def fit_with_monitor(num_stages: int, watched: bool) -> Outcome:
     callbacks = [DelayedMPMonitor()] if watched else []
-    strategy = {"num_stages": num_stages}
-    return fit(models.MLP, models.vectors, strategy, num_stages, callbacks=callbacks, max_epochs=2)
+    return fit(models.MLP, models.vectors, {"num_stages": num_stages}, num_stages, callbacks=callbacks, max_epochs=2)
 
 
 def test_nothing_changes_for_the_training(pool: WorkerPool) -> None:
@@ -271,20 +299,6 @@ def test_hooks_of_the_graph_are_left_to_the_user(pool: WorkerPool) -> None:
     callbacks = [DelayedMPMonitor()]
     outcome = pool.run(fit, 2, WithTorchFunc, models.vectors, {"num_stages": 2}, 2, callbacks=callbacks)[0]
     assert [row for _, row in outcome.rows if row.get("stage_0/activation_bytes", 0) > 0]
-
-
-def test_what_a_graph_keeps_is_counted_from_outside() -> None:
-    calls: list[int] = []
-    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Dropout(), nn.Flatten(), nn.Linear(64, 8))
-    body.register_forward_hook(lambda *_: calls.append(1))
-    x, packed = torch.randn(2, 3, 6, 6, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        body(x)[:, torch.tensor([0, 2])].square().sum()
-    found = saved_by([body(x)[:, torch.tensor([0, 2])].square().sum()])
-    assert sorted(t.shape for t in found) == sorted(t.shape for t in packed if type(t) is Tensor)
-    calls.clear()
-    assert saved_by([checkpoint(body, x, use_reentrant=False)]) == []
-    assert calls == [1]  # nothing runs again
 
 
 class Broken(ListLogger):
@@ -387,10 +401,3 @@ def test_what_is_kept_for_later_counts(pool: WorkerPool, backward: str) -> None:
     outcome = pool.run(fit, 2, models.MLP, models.vectors, strategy, 2, callbacks=[DelayedMPMonitor()])[0]
     last = [row for _, row in outcome.rows if "stage_0/snapshot_bytes" in row][-1]
     assert (last["stage_0/snapshot_bytes"] > 0) == (backward == "recompute")
-
-
-def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="`trace_steps` must be two steps, the first before the second, but is"):
-        DelayedMPMonitor(trace_steps=(5, 5))
-    with pytest.raises(ValueError, match="`trace_steps` must be at most 10000 steps apart, but is"):
-        DelayedMPMonitor(trace_steps=(5, 20_000))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
@@ -167,6 +170,25 @@ def test_cuts_stay_where_state_cannot_move(pool: WorkerPool, tmp_path: Path) -> 
     assert [stage.first_module for stage in outcome.summaries[1:]] != AFTER
 
 
+class Periods(Callback):
+    """The median of the seconds from one batch to the next, with the first cuts and with the last ones."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.starts.append(time.monotonic())
+
+    def on_train_end(self, *_: Any) -> None:
+        intervals = [b - a for a, b in pairwise(self.starts)]
+        self.before, self.after = median(intervals[4:20]), median(intervals[24:])
+
+
+def fit_and_time(seconds: tuple[float, ...]) -> tuple[Outcome, float, float]:
+    periods = Periods()
+    return fit_unequal(seconds, callbacks=[periods]), periods.before, periods.after
+
+
 def fit_unequal(seconds: tuple[float, ...], **kwargs: Any) -> Outcome:
     args = {"make_val_loader": models.vectors, "val_check_interval": 22, "limit_val_batches": 1}
     strategy = {"num_stages": 3, "balance": "measured"}
@@ -179,9 +201,13 @@ class ValidatedSleepers(Sleepers):
 
 
 def test_measured_times_remove_an_imbalance(pool: WorkerPool) -> None:
-    """The last two of six layers are four times as slow: two for each stage become four, one and one."""
-    outcome = pool.run(fit_unequal, 3, (0.004, 0.004, 0.004, 0.004, 0.016, 0.016))[0]
+    """The last two of six layers are four times as slow: two for each stage become four, one and one.
+
+    So a batch takes half of the time.
+    """
+    outcome, before, after = pool.run(fit_and_time, 3, (0.004, 0.004, 0.004, 0.004, 0.016, 0.016))[0]
     assert [stage.first_module for stage in outcome.summaries] == ["layers.0", "layers.4", "layers.5"]
+    assert after < 0.8 * before
 
 
 def test_equal_stages_stay(pool: WorkerPool) -> None:
