@@ -134,6 +134,13 @@ class OptimizerShards:
         self._slots, self._plan, self._stage = slots, plan, stage
         self._names: list[list[str]] = []
         self._own: list[str] = []
+        if keys := set(optimizer.state_dict()) - {"state", "param_groups"}:
+            raise MisconfigurationException(
+                "`strategy='delayed_mp'` needs an optimizer whose `state_dict()` has `state`, by parameters, and"
+                f" `param_groups` alone, but that of `{type(optimizer).__name__}` has {sorted(map(str, keys))}: a stage"
+                " would save what it knows of its own parameters as if it were of all. Use another optimizer, without a"
+                " wrapper as for averages of weights, or `virtual=True`."
+            )
         self.divide()
 
     def divide(self) -> None:
@@ -171,7 +178,7 @@ class OptimizerShards:
         groups = [{**saved, "params": names} for saved, names in zip(local["param_groups"], self._names)]
         named = {self._own[i]: state for i, state in local["state"].items()}
         homed = {name: state for name, state in named.items() if self._plan.stage_of(name)[0] == self._stage}
-        return {**local, "state": homed, "param_groups": groups}
+        return {"state": homed, "param_groups": groups}
 
     def state_dict(self) -> dict[str, Any]:
         """The state for all parameters in the user's order, on the collecting rank; ``{}`` elsewhere.
@@ -187,4 +194,4 @@ class OptimizerShards:
         indices = iter(range(len(order)))
         groups = [{**group, "params": [next(indices) for _ in group["params"]]} for group in own["param_groups"]]
         numbered = {i: states[name] for i, name in enumerate(order) if name in states}
-        return {**own, "state": numbered, "param_groups": groups}
+        return {"state": numbered, "param_groups": groups}

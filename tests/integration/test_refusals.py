@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import (
     BitsandbytesPrecision,
@@ -313,6 +313,23 @@ def test_averages_of_weights(pool: WorkerPool) -> None:
         trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback])
         with pytest.raises(MisconfigurationException, match=f"but there is a `{type(callback).__name__}`. Remove it"):
             check_supported(trainer, models.MLP(), virtual=False, backward="stash")
+
+
+class Averaged(torch.optim.SGD):
+    """As optimizers that keep averages of weights: wraps another one, and saves more than that."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"opt": super().state_dict(), "ema": [p.clone() for g in self.param_groups for p in g["params"]]}
+
+
+class WrapsOptimizer(Callback):
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.optimizers = [Averaged(pl_module.parameters(), lr=0.1)]
+
+
+def test_optimizers_that_save_more_than_their_state(pool: WorkerPool) -> None:
+    texts = "but that of `Averaged` has ['ema', 'opt']", "Use another optimizer"
+    assert_all_say(failures(pool, 2, models.MLP, callbacks=[WrapsOptimizer()]), *map(re.escape, texts))
 
 
 def no_vectors() -> DataLoader:
