@@ -41,6 +41,7 @@ from lightning_dgmp.stage.averaging import buffer_slots
 from lightning_dgmp.stage.runner import BackwardMode
 from lightning_dgmp.starting import StartingStrategy
 from lightning_dgmp.support import check_arguments, check_optimizers, check_supported
+from lightning_dgmp.world import World
 
 __all__ = ["DelayedMPStrategy"]
 
@@ -130,6 +131,8 @@ class DelayedMPStrategy(StartingStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        if self.num_stages > 1:
+            self.check_built()
         if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
             assert self.lightning_module is not None
             module, replicas = self.lightning_module, self.data_parallel_size
@@ -160,14 +163,19 @@ class DelayedMPStrategy(StartingStrategy):
         with not_synchronised(self.lightning_module):  # as DDP does: buffers that modules cache may differ
             super().setup(trainer)
         if self._world is not None:
-            agree_on_model(self.lightning_module, self._world, self._stage_ranks)
+            self._agree_on_model(self._world)
+
+    def _agree_on_model(self, world: World) -> None:
+        assert self.lightning_module is not None
+        is_apart = self._placement is not None and self._placement.plan is not None
+        agree_on_model(self.lightning_module, world, self._stage_ranks, is_apart)
 
     @override
     def configure_ddp(self) -> None:
         if self._is_pipeline:
             assert self.lightning_module is not None
             assert self._world is not None
-            agree_on_model(self.lightning_module, self._world, self._stage_ranks)
+            self._agree_on_model(self._world)
             shares = self.data_parallel_size > 1 and self._ddp_kwargs.get("broadcast_buffers", True)
             self._buffers = buffer_slots(self.lightning_module) if shares else []
             if self.data_parallel_size > 1 and self._ddp_comm_hook is not None:
@@ -335,7 +343,8 @@ class DelayedMPStrategy(StartingStrategy):
         """Flush, and give every process the whole model meanwhile. All stages must enter it at the same iteration."""
         self.flush()
         if self._pipeline is None:
-            yield
+            with nullcontext() if self._placement is None else self._placement.whole_model():
+                yield
             return
         with self._pipeline.whole_model(), self._interception.suspended():
             yield
@@ -350,11 +359,11 @@ class DelayedMPStrategy(StartingStrategy):
             self._pipeline.divide_optimizers()
 
     def finish_training(self) -> None:
-        """Flush and leave the whole model on every process."""
+        """Flush and leave the whole model on every process, unless none may have it."""
         self.end_measuring()
         self.flush()
         if self._pipeline is not None:
-            self._pipeline.close()
+            self._pipeline.close(stays_apart=self._placement is not None)
             self._interception.use(None)
         self._end_training()
         if self._feed is not None:

@@ -25,11 +25,12 @@ from lightning_dgmp.host import (
     callbacks,
     is_overridden,
 )
+from lightning_dgmp.stage.shadow import Shadow
 
 _AVERAGING = callbacks.StochasticWeightAveraging, callbacks.WeightAveraging
 _PRECISIONS = BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision
 
-__all__ = ["check_arguments", "check_devices", "check_optimizers", "check_supported"]
+__all__ = ["check_arguments", "check_devices", "check_optimizers", "check_supported", "tied_in_memory"]
 
 
 def check_arguments(strategy: type, further: Iterable[str]) -> None:
@@ -131,11 +132,7 @@ def check_supported(
                 " modules once on an example, as in `configure_model` or `__init__`."
             )
     if (tied := _tied_by_storage(module)) is not None and not virtual:
-        raise MisconfigurationException(
-            f"{strategy} finds parameters that modules share by their identity, but `{tied[0]}` and `{tied[1]}` are two"
-            " that lie in one storage. Assign the parameter itself, as in `head.weight = embedding.weight`; for a part"
-            " or a transpose of one use it in `forward`."
-        )
+        raise tied_in_memory(*tied)
     for name, child in module.named_modules():
         if not virtual and isinstance(child, torch.jit.ScriptModule):
             raise MisconfigurationException(
@@ -159,6 +156,15 @@ def check_supported(
         raise MisconfigurationException(
             f"`virtual=True` computes whole gradients at once, but `backward={backward!r}`. Use `backward='stash'`."
         )
+
+
+def tied_in_memory(name: str, other: str) -> MisconfigurationException:
+    """The error for two parameters that lie in the same memory."""
+    return MisconfigurationException(
+        f"`strategy='delayed_mp'` finds parameters that modules share by their identity, but `{name}` and `{other}` are"
+        " two that lie in one storage. Assign the parameter itself, as in `head.weight = embedding.weight`; for a part"
+        " or a transpose of one use it in `forward`."
+    )
 
 
 def check_optimizers(optimizers: list[Any], virtual: bool) -> None:
@@ -191,7 +197,7 @@ def _tied_by_storage(module: LightningModule) -> tuple[str, str] | None:
     """Two different parameters, or one and a buffer, that have memory in common, if there are any."""
     places: list[tuple[int, int, int, str, bool]] = []  # begin, number, end, name, whether it is trained
     for i, (name, tensor) in enumerate([*module.named_parameters(), *module.named_buffers()]):
-        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta and not isinstance(tensor, Shadow):
             begin = tensor.data_ptr()
             extent = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
             places.append((begin, i, begin + (extent + 1) * tensor.itemsize, name, tensor.requires_grad))

@@ -1,0 +1,68 @@
+"""Modules that are made in `configure_model`: no process ever holds them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
+
+from lightning_dgmp import DelayedMPStrategy
+from lightning_dgmp.stage.shadow import Shadow
+from tests import models
+from tests.deferred_models import LateGPT, LateMLP, LateNorm
+from tests.pool import Failure, WorkerPool
+from tests.training import Outcome, assert_equal, fit
+
+
+class Peeks(Callback):
+    """Counts what this process has of the parameters."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def peek(self, when: str, module: LightningModule) -> None:
+        own = [p for p in module.parameters() if not isinstance(p, Shadow)]
+        self.seen.append((when, sum(p.numel() for p in own)))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.peek("start", pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.peek("validation", pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.peek("batch", pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.peek("end", pl_module)
+
+
+LOADERS = {"mlp": models.vectors, "norm": models.vectors, "gpt": models.ragged_tokens}
+MODULES = {"mlp": LateMLP, "norm": LateNorm, "gpt": LateGPT}
+
+
+def fit_late(kind: str, num_stages: int, virtual: bool, devices: int, **kwargs: Any) -> tuple[Outcome, list[Any]]:
+    peeks = Peeks()
+    strategy = {"num_stages": num_stages, "virtual": virtual, **kwargs.pop("strategy", {})}
+    loader = LOADERS[kind]
+    callbacks = [peeks, *kwargs.pop("callbacks", [])]
+    return fit(
+        MODULES[kind], loader, strategy, devices, make_val_loader=loader, callbacks=callbacks, limit_train_batches=12,
+        limit_val_batches=2, **kwargs,
+    ), peeks.seen  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "num_stages"), [("mlp", 3), ("norm", 2), ("gpt", 2)])
+def test_processes_do_what_virtual_stages_do(pool: WorkerPool, kind: str, num_stages: int) -> None:
+    expected, _ = pool.run(fit_late, 1, kind, num_stages, True, 1)[0]
+    results = pool.run(fit_late, num_stages, kind, num_stages, False, num_stages)
+    assert_equal(results[0][0], expected, 1e-6)
+    total = sum(value.numel() for value in dict(MODULES[kind]().make().named_parameters()).values())
+    for _, seen in results:
+        assert dict(seen)["start"] == 0
+        assert all(number < total for when, number in seen)
