@@ -57,6 +57,7 @@ class SavingStrategy(BuildingStrategy):
         super().__init__(num_stages, data_parallel_size, virtual, timeout, **kwargs)
         self._is_sharded = is_sharded
         self._pipeline: Pipeline | None = None
+        self._trained: Pipeline | None = None  # the newest, which knows the optimizers also after `fit`
         self._seed = 0
         self._seeds: list[int] = []  # of all replicas
         self._loaded_seeds: list[int] = []
@@ -94,10 +95,10 @@ class SavingStrategy(BuildingStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self._pipeline is not None:
+        if self._trained is not None:
             self.flush()
             optimizer = getattr(optimizer, "_optimizer", optimizer)
-            state = self._pipeline.optimizer_state(optimizer, only_own=self._is_sharded)
+            state = self._trained.optimizer_state(optimizer, only_own=self._is_sharded)
             if state is not None:
                 return state
         return super().optimizer_state(optimizer)

@@ -78,7 +78,7 @@ class StartingStrategy(EvaluatingStrategy):
 
     def _reset_pipeline(self) -> None:
         self._plan: Plan | None = None
-        self._pipeline = None
+        self._pipeline = self._trained = None
         self.reporter: Reporter | None = None
         self._traced: Trace | None = None
         self._measured_from: int | None = None  # with which batch
@@ -195,7 +195,7 @@ class StartingStrategy(EvaluatingStrategy):
     ) -> None:
         if self._placement is not None:
             self._placement.place(plan, self.optimizers)
-        self._pipeline = Pipeline(
+        self._pipeline = self._trained = Pipeline(
             module,
             self.optimizers,
             plan,

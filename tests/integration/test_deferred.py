@@ -66,3 +66,51 @@ def test_processes_do_what_virtual_stages_do(pool: WorkerPool, kind: str, num_st
     for _, seen in results:
         assert dict(seen)["start"] == 0
         assert all(number < total for when, number in seen)
+
+
+def go_through_all(folder: str, num_stages: int, devices: int, early: bool, **options: Any) -> dict[str, Any]:
+    """Every entry point, one after the other, with one module."""
+    warnings.simplefilter("ignore")
+    seed_everything(7, verbose=False)
+    strategy = DelayedMPStrategy(num_stages, **options)
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, limit_train_batches=6, limit_val_batches=2,
+        limit_test_batches=2, limit_predict_batches=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    if early:
+        with trainer.init_module(empty_init=True):
+            module: Any = LateNorm()
+            module.configure_model()
+    else:
+        module = LateNorm()
+    loader = models.vectors()
+    found["before"] = trainer.validate(module, loader, verbose=False)
+    trainer.fit(module, loader, loader)
+    found["fit"] = dict(trainer.callback_metrics)
+    trainer.save_checkpoint(f"{folder}/one.ckpt")
+    found["after"] = trainer.validate(module, loader, verbose=False)
+    found["predictions"] = trainer.predict(module, loader)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader, loader)
+    found["again"] = dict(trainer.callback_metrics)
+    found["loaded"] = trainer.validate(module, loader, ckpt_path=f"{folder}/one.ckpt", verbose=False, weights_only=True)
+    trainer.save_checkpoint(f"{folder}/two.ckpt")
+    with strategy.whole_model():
+        found["weights"] = {name: value.clone() for name, value in module.state_dict().items()}
+    return found
+
+
+@pytest.mark.parametrize(("early", "sharded", "replicas"), [(False, False, 1), (True, True, 1), (False, False, 2)])
+def test_every_entry_point(pool: WorkerPool, tmp_path: Path, early: bool, sharded: bool, replicas: int) -> None:
+    options = {"save_distributed_checkpoint": sharded}
+    folders = [str(tmp_path / name) for name in ("real", "virtual")]
+    ours = pool.run(go_through_all, 2 * replicas, folders[0], 2, 2 * replicas, early, **options)[0]
+    theirs = pool.run(go_through_all, replicas, folders[1], 2, replicas, early, virtual=True, **options)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert ours["loaded"] == ours["after"]
+    if not sharded:
+        ours, theirs = (torch.load(f"{folder}/one.ckpt", weights_only=True) for folder in folders)
+        for part in ("state_dict", "optimizer_states"):
+            torch.testing.assert_close(ours[part], theirs[part], rtol=1e-5, atol=1e-6)
