@@ -26,8 +26,8 @@ def agree_on_model(module: nn.Module, world: World, ranks: Sequence[int], is_apa
     """Give every process the parameters and buffers of rank 0, as DDP does; not parameters that are nowhere yet.
 
     Buffers may differ in shape, or be missing: an evaluation makes those that modules cache on some ranks alone. Random
-    generators that modules keep go on alike within a replica, of which ``ranks`` are. If the model ``is_apart`` already,
-    parameters stay as they are.
+    generators that modules keep go on alike within a replica, of which ``ranks`` are. If each process has parameters of
+    its own already (``is_apart``), these stay as they are.
 
     Raises:
         MisconfigurationException: If names, shapes or dtypes of parameters differ.

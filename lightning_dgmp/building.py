@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from typing_extensions import override
 
+from lightning_dgmp.agreement import agree_on_model
 from lightning_dgmp.deferred import Recording
 from lightning_dgmp.host import MisconfigurationException
 from lightning_dgmp.mesh import MeshStrategy
@@ -43,7 +43,7 @@ class BuildingStrategy(MeshStrategy):
             return
         with torch.random.fork_rng(devices=[]):
             seed = int(torch.randint(2**62, (), device="cpu")) + len(self._recordings)
-        recording = Recording(seed if self._world is None else self.broadcast(seed))
+        recording = Recording(seed if self._world is None else self.broadcast(seed), self.root_device)
         with super().tensor_init_context(empty_init=False), recording.active():
             yield
         recording.settle(None if self._virtual else await_values)
@@ -63,6 +63,8 @@ class BuildingStrategy(MeshStrategy):
 
     def check_built(self) -> None:
         """Refuse parameters that have no values, or that cannot be told apart."""
+        if self.num_stages == 1:
+            return
         module, placement = self.lightning_module, self.place_module()
         assert module is not None
         names = {p: name for name, p in module.named_parameters()}
@@ -74,18 +76,28 @@ class BuildingStrategy(MeshStrategy):
         recordings = self._recordings if placement is None else placement.recordings
         for tied in filter(None, (r.sharing_memory() for r in recordings if not self._virtual)):
             raise tied_in_memory(names[tied[0]], names[tied[1]])
-        empty = [name for p, name in names.items() if p.is_meta]
-        empty += self._unwritten(names) if placement is None else placement.without_values()
+        unwritten = {p for recording in recordings for p in recording.without_values()}
+        unwritten -= set() if placement is None else placement.loaded
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        empty = [f"`{name}`" for name, tensor in tensors if tensor.is_meta or tensor in unwritten]
         if empty:
+            for child in module.modules():  # the end of the run moves all, and nobody can move what is on no device
+                for entries in (child._parameters, child._buffers):
+                    entries.update({key: None for key, t in entries.items() if t is not None and t.is_meta})  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 f"All parameters must be initialised where they are made, or loaded, but nothing writes values into"
-                f" {', '.join(f'`{name}`' for name in empty)}. Initialise what `torch.empty` makes, as in"
+                f" {', '.join(empty)}. Initialise what `torch.empty` makes, as in"
                 " `reset_parameters`, or give a checkpoint."
             )
         self._recordings = []
 
-    def _unwritten(self, names: Mapping[nn.Parameter, str]) -> list[str]:
-        return [names[p] for recording in self._recordings for p in recording.without_values() if p in names]
+    def agree_on_model(self) -> None:
+        """Begin with the same model in all processes."""
+        if self._world is None:
+            return
+        assert self.lightning_module is not None
+        is_apart = self._placement is not None and self._placement.plan is not None
+        agree_on_model(self.lightning_module, self._world, self._stage_ranks, is_apart)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -122,7 +122,8 @@ def data_assignments() -> Iterator[None]:
 @contextmanager
 def assigning_data(convert: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Let ``tensor.data = value`` assign ``convert(tensor, value)``."""
-    torch.Tensor.data = _Data(_OWN_DATA.__get__, lambda t, value: _OWN_DATA.__set__(t, convert(t, value)))
+    exchanged: Any = _Data(_OWN_DATA.__get__, lambda t, value: _OWN_DATA.__set__(t, convert(t, value)))
+    torch.Tensor.data = exchanged
     try:
         yield
     finally:

@@ -33,6 +33,9 @@ from lightning_dgmp.stage.randomness import mix_seed
 __all__ = ["Recording"]
 
 
+_HOST = torch.device("cpu")
+
+
 class _Place(NamedTuple):
     """What a tensor is a view of."""
 
@@ -60,10 +63,11 @@ class Recording:
 
     Args:
         seed: From which all random values follow.
+        device: Where parameters shall be that are made on the meta device.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed, self._num_random = seed, 0
+    def __init__(self, seed: int, device: torch.device = _HOST) -> None:
+        self._seed, self._num_random, self._device = seed, 0, device
         self._lifts = False  # whether the next operation takes a real tensor and gives a fake
         self._ops: list[_Op] = []
         self._ops_on: dict[int, list[int]] = {}
@@ -93,22 +97,22 @@ class Recording:
         """Put ordinary tensors in the places of fakes, in all modules that were made and what these hold.
 
         Args:
-            stand_in: Given an empty parameter that stands for a fake, with its shape in ``parameter.shape``, makes of it
-                what it shall be until :meth:`make`; by default parameters get their values at once, as all else does.
+            stand_in: Given an empty parameter of the shape of a fake, makes of it what it shall be until it gets its
+                values, which :meth:`make` gives; by default it has them at once, as all else does.
         """
         roots = list(dict.fromkeys(m for root in self._modules for m in root.modules()))
         fakes: dict[int, FakeTensor] = {}
         for root in roots:
             replace_in(root, lambda fake: fakes.setdefault(id(fake), fake))
-        parameters = [fake for fake in fakes.values() if isinstance(fake, nn.Parameter)]
+        parameters: list[FakeTensor] = [fake for fake in fakes.values() if isinstance(fake, nn.Parameter)]
         others = [fake for fake in fakes.values() if not isinstance(fake, nn.Parameter)]
         new: dict[int, Tensor] = {}
         owners: dict[int, nn.Parameter] = {}
         wanted: list[FakeTensor] = others if stand_in is not None else [*parameters, *others]
         if stand_in is not None:
             for fake in parameters:
-                empty = torch.zeros((), dtype=fake.dtype, device=fake.device).expand(fake.shape)
-                new[id(fake)] = parameter = _parameter(empty, fake)
+                empty = torch.zeros((), dtype=fake.dtype, device=self._device if fake.is_meta else fake.device)
+                new[id(fake)] = parameter = _parameter(empty.expand(fake.shape), fake)
                 stand_in(parameter)
                 self._places[parameter] = place = self.place(fake)
                 owners[place.storage] = parameter
@@ -117,7 +121,9 @@ class Recording:
                     new[id(fake)] = owner.detach()
             wanted = [fake for fake in others if id(fake) not in new]
         for fake, value in zip(wanted, self.values([self.place(fake) for fake in wanted])):
-            new[id(fake)] = _parameter(value, fake) if isinstance(fake, nn.Parameter) else value
+            if isinstance(fake, nn.Parameter):
+                value = _parameter(torch.empty_like(value, device=self._device) if value.is_meta else value, fake)
+            new[id(fake)] = value
         if stand_in is None:
             self._places = {new[id(fake)]: self.place(fake) for fake in parameters}  # type: ignore[misc]
         for root in roots:
@@ -184,7 +190,7 @@ class Recording:
             return self.run_for_real(func, args, kwargs)
         made = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         if not tensors and not any(isinstance(t, FakeTensor) and t.numel() for t in made):
-            return self.run_for_real(func, args, kwargs)  # nothing to save, as on the meta device
+            return self.run_for_real(func, args, kwargs)
         self._note(func, args, kwargs, out)
         return out
 
@@ -196,16 +202,18 @@ class Recording:
             return func(*args, **kwargs)
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        writes = bool(_written(func, args, kwargs))
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         seed = mix_seed(self._seed, self._num_random, 0) if is_random else None
         self._num_random += is_random
-        places = pytree.tree_map_only(FakeTensor, self.place, (args, kwargs))
+        args, kwargs = places = pytree.tree_map_only(FakeTensor, self.place, (args, kwargs))
         outputs = [self.place(t) if isinstance(t, FakeTensor) else None for t in pytree.tree_leaves(out)]
         leaves = pytree.tree_leaves(places, is_leaf=_is_place)
         before = {leaf.storage for leaf in leaves if isinstance(leaf, _Place)}
         storages = before | {place.storage for place in outputs if place is not None}
-        is_empty = func.overloadpacket in _EMPTY or (not _written(func, args, kwargs) and storages == before)
-        op = _Op(func, *places, outputs, storages, is_empty, seed, torch.get_default_dtype())
+        is_view = not writes and storages == before
+        is_empty = func.overloadpacket in _EMPTY or is_view
+        op = _Op(func, args, kwargs, outputs, storages, is_empty, seed, torch.get_default_dtype())
         for storage in storages:
             self._ops_on.setdefault(storage, []).append(len(self._ops))
         self._ops.append(op)
@@ -213,7 +221,7 @@ class Recording:
     # ----- values
 
     def _is_empty(self, place: _Place) -> bool:
-        return all(self._ops[i].is_empty for i in self._ops_on.get(place.storage, []))
+        return place.device.type == "meta" or all(self._ops[i].is_empty for i in self._ops_on.get(place.storage, []))
 
     def _needed(self, wanted: Iterable[int]) -> list[_Op]:
         waiting, seen, needed = list(wanted), set(), set()
@@ -330,7 +338,9 @@ def replace_in(module: nn.Module, function: Callable[[FakeTensor], Tensor]) -> N
         return function(leaf) if isinstance(leaf, FakeTensor) else leaf
 
     for name, value in vars(module).items():
-        if isinstance(value, FakeTensor) or name in ("_parameters", "_buffers", "_flat_weights") or (
-            name != "_modules" and not isinstance(value, (nn.Module, str, int, float))
+        if (
+            isinstance(value, FakeTensor)
+            or name in ("_parameters", "_buffers", "_flat_weights")
+            or (name != "_modules" and not isinstance(value, (nn.Module, str, int, float)))
         ):
             vars(module)[name] = replace_leaves(replaced, value)

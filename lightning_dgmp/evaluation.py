@@ -33,8 +33,8 @@ class Evaluation:
 
     Each kind of step has a plan of its own, made on its first batch: it calls other modules than the training step.
     While a model is being trained, or if it was made without holding it, its parameters stay where they are; otherwise
-    every process has all of them, and the plan is free. A step that cannot be divided, as one that generates text by calling the network again and again,
-    runs with the whole model on every process.
+    every process has all of them, and the plan is free. A step that cannot be divided, as one that generates text by
+    calling the network again and again, runs with the whole model on every process, if that may have it.
 
     Args:
         module: The LightningModule.

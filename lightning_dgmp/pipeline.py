@@ -177,10 +177,10 @@ class Pipeline:
         for shards, state in zip(self._optimizers, states):
             shards.load(state)
 
-    def close(self, stays_apart: bool = False) -> None:
-        """Give every process all values for good, or if the model ``stays_apart`` all buffers. Nothing may be in flight."""
+    def close(self, stay_apart: bool = False) -> None:
+        """Give every process all values for good, or if parameters stay apart all buffers. Nothing may be in flight."""
         remove_ghosts(self.runner.root)
-        if stays_apart:
+        if stay_apart:
             self._weights.share_buffers()
         elif not self.runner.whole:
             self._weights.assemble()

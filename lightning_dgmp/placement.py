@@ -38,7 +38,13 @@ class Placement:
     """
 
     def __init__(
-        self, root: nn.Module, recordings: Sequence[Recording], stage: int, ranks: Sequence[int], group: Any, world: World
+        self,
+        root: nn.Module,
+        recordings: Sequence[Recording],
+        stage: int,
+        ranks: Sequence[int],
+        group: Any,
+        world: World,
     ) -> None:
         self.root = root
         self.plan: Plan | None = None  # by which parameters are where they are
@@ -54,10 +60,10 @@ class Placement:
         """The parameters that this process does not have."""
         return {name for name, parameter in self.root.named_parameters() if isinstance(parameter, Shadow)}
 
-    def without_values(self) -> list[str]:
-        """The parameters that nothing initialises, and for which no values were loaded."""
-        empty = {p for r in self.recordings for p in r.without_values() if p not in self._given}
-        return [name for name, parameter in self.root.named_parameters() if parameter in empty]
+    @property
+    def loaded(self) -> set[nn.Parameter]:
+        """Parameters that no process has yet, and whose values were in a checkpoint."""
+        return set(self._given)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool) -> None:
         """Load what this process has, and remember where the values are of what it does not have yet."""

@@ -150,7 +150,7 @@ class SavingStrategy(BuildingStrategy):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
-                return load_sharded(Path(checkpoint_path), *args, is_later=self._is_read_later, **kwargs)
+                return load_sharded(Path(checkpoint_path), self._is_read_later, *args, **kwargs)
             if self.place_module() is not None and self._is_plain_file(checkpoint_path):  # each reads what it needs
                 return torch.load(checkpoint_path, "cpu", mmap=zipfile.is_zipfile(checkpoint_path), **kwargs)
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)

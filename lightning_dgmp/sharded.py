@@ -82,14 +82,14 @@ def is_sharded(path: Path) -> bool:
 
 
 def load_sharded(
-    path: Path, weights_only: bool | None = None, is_later: Callable[[str], bool] = lambda key: False
+    path: Path, is_later: Callable[[str], bool] = lambda key: False, weights_only: bool | None = None
 ) -> dict[str, Any]:
     """An ordinary Lightning checkpoint with all that is in the folder ``path``.
 
     Args:
         path: The folder.
-        weights_only: As for :func:`torch.load`.
         is_later: Tells of which tensors to take the shape alone, for :func:`~lightning_dgmp.later.read_all`.
+        weights_only: As for :func:`torch.load`.
 
     Raises:
         FileNotFoundError: If a file is missing.

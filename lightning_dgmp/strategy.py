@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgmp.agreement import agree_on_model, not_synchronised
+from lightning_dgmp.agreement import not_synchronised
 from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.clipping import after_clipping
 from lightning_dgmp.flush import flush_batches
@@ -41,7 +41,6 @@ from lightning_dgmp.stage.averaging import buffer_slots
 from lightning_dgmp.stage.runner import BackwardMode
 from lightning_dgmp.starting import StartingStrategy
 from lightning_dgmp.support import check_arguments, check_optimizers, check_supported
-from lightning_dgmp.world import World
 
 __all__ = ["DelayedMPStrategy"]
 
@@ -131,8 +130,7 @@ class DelayedMPStrategy(StartingStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        if self.num_stages > 1:
-            self.check_built()
+        self.check_built()
         if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
             assert self.lightning_module is not None
             module, replicas = self.lightning_module, self.data_parallel_size
@@ -162,20 +160,13 @@ class DelayedMPStrategy(StartingStrategy):
         assert self.lightning_module is not None
         with not_synchronised(self.lightning_module):  # as DDP does: buffers that modules cache may differ
             super().setup(trainer)
-        if self._world is not None:
-            self._agree_on_model(self._world)
-
-    def _agree_on_model(self, world: World) -> None:
-        assert self.lightning_module is not None
-        is_apart = self._placement is not None and self._placement.plan is not None
-        agree_on_model(self.lightning_module, world, self._stage_ranks, is_apart)
+        self.agree_on_model()
 
     @override
     def configure_ddp(self) -> None:
         if self._is_pipeline:
             assert self.lightning_module is not None
-            assert self._world is not None
-            self._agree_on_model(self._world)
+            self.agree_on_model()
             shares = self.data_parallel_size > 1 and self._ddp_kwargs.get("broadcast_buffers", True)
             self._buffers = buffer_slots(self.lightning_module) if shares else []
             if self.data_parallel_size > 1 and self._ddp_comm_hook is not None:
@@ -342,11 +333,11 @@ class DelayedMPStrategy(StartingStrategy):
     def whole_model(self) -> Iterator[None]:
         """Flush, and give every process the whole model meanwhile. All stages must enter it at the same iteration."""
         self.flush()
-        if self._pipeline is None:
-            with nullcontext() if self._placement is None else self._placement.whole_model():
-                yield
+        parts = self._pipeline or self._placement
+        if parts is None:
+            yield
             return
-        with self._pipeline.whole_model(), self._interception.suspended():
+        with parts.whole_model(), self._interception.suspended():
             yield
 
     @contextmanager
@@ -363,7 +354,7 @@ class DelayedMPStrategy(StartingStrategy):
         self.end_measuring()
         self.flush()
         if self._pipeline is not None:
-            self._pipeline.close(stays_apart=self._placement is not None)
+            self._pipeline.close(stay_apart=self._placement is not None)
             self._interception.use(None)
         self._end_training()
         if self._feed is not None:

@@ -143,11 +143,15 @@ _OWN = frozenset(
 )
 _CASTS = frozenset({"bfloat16", "cpu", "cuda", "double", "float", "half", "to"})
 _LAYOUT = frozenset({"is_contiguous", "stride"})
-_METHODS = _OWN | _CASTS | frozenset(
-    """
+_METHODS = (
+    _OWN
+    | _CASTS
+    | frozenset(
+        """
     __len__ _has_compatible_shallow_copy_type cpu cuda data_ptr dense_dim detach dim element_size flatten get_device
     is_complex is_conj is_contiguous is_floating_point is_inference is_neg is_pinned is_same_size is_shared is_signed
     ndimension nelement numel permute register_hook register_post_accumulate_grad_hook requires_grad_ retain_grad size
     storage_offset stride t to transpose type untyped_storage view view_as
     """.split()  # noqa: SIM905
+    )
 )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_dgmp import DelayedMPStrategy
@@ -114,3 +115,92 @@ def test_every_entry_point(pool: WorkerPool, tmp_path: Path, early: bool, sharde
         ours, theirs = (torch.load(f"{folder}/one.ckpt", weights_only=True) for folder in folders)
         for part in ("state_dict", "optimizer_states"):
             torch.testing.assert_close(ours[part], theirs[part], rtol=1e-5, atol=1e-6)
+
+
+def save_and_go_on(
+    kind: str, folder: str, num_stages: int, devices: int, path: str | None = None, **options: Any
+) -> Any:
+    saves = ModelCheckpoint(folder, every_n_train_steps=12, save_top_k=-1, filename="{step}")
+    more = {"seed": 8, "ckpt_path": path, "max_epochs": 2} if path else {}
+    strategy = {"save_distributed_checkpoint": options.pop("sharded", False)}
+    virtual = options.pop("virtual", False)
+    if num_stages == 1:
+        return fit(MODULES[kind], LOADERS[kind], None, 1, limit_train_batches=12, **more)
+    return fit_late(
+        kind, num_stages, virtual, devices, strategy=strategy, callbacks=[saves], enable_checkpointing=True, **more
+    )[0]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_going_on_with_other_stages_and_another_seed(pool: WorkerPool, tmp_path: Path, sharded: bool) -> None:
+    pool.run(save_and_go_on, 3, "gpt", str(tmp_path), 3, 3, sharded=sharded)
+    path = str(tmp_path / "step=12.ckpt")
+    resumed = pool.run(save_and_go_on, 2, "gpt", str(tmp_path / "on"), 2, 2, path, sharded=sharded)[0]
+    assert resumed.global_step == 24
+    virtual = {"sharded": sharded, "virtual": True}
+    expected = pool.run(save_and_go_on, 1, "gpt", str(tmp_path / "virtual"), 2, 1, path, **virtual)[0]
+    assert_equal(resumed, expected, 1e-5)
+    if not sharded:  # a file is for anyone
+        assert pool.run(save_and_go_on, 1, "gpt", "", 1, 1, path)[0].global_step == 24
+
+
+class Forgets(LateMLP):
+    """Has parameters that nothing initialises."""
+
+    def make(self) -> nn.Module:
+        net = super().make()
+        net.scale = nn.Parameter(torch.empty(3))
+        return net
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.offset = nn.Parameter(torch.empty(2, 2, device="meta"))
+
+
+class Generates(LateMLP):
+    """A step that calls the network again on what it has made of its output."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x = batch[0]
+        for _ in range(2):
+            x = torch.full_like(x, float(self.net(x).argmax()))  # type: ignore[misc]
+        self.log("val_loss", x.sum())
+
+
+class SharesMemory(LateMLP):
+    def make(self) -> nn.Module:
+        net: Any = super().make()
+        net[-1].weight = nn.Parameter(net[0].weight.data.view(16, 8)[:8].view(4, 16))
+        return net
+
+
+class MakesNothing(models.MLP):
+    def configure_model(self) -> None:
+        pass
+
+
+def fit_module(make: Any, num_stages: int, virtual: bool = False) -> Outcome:
+    loader = models.vectors
+    devices = 1 if virtual else num_stages
+    strategy = {"num_stages": num_stages, "virtual": virtual}
+    return fit(make, loader, strategy, devices, make_val_loader=loader, limit_train_batches=3, limit_val_batches=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "virtual", "message"),
+    [
+        (Forgets, False, "into `offset`, `net.scale`. Initialise"),
+        (Forgets, True, "into `offset`, `net.scale`"),
+        (Generates, False, "`validation_step` needs the whole model on every process"),
+        (SharesMemory, False, "`net.0.weight` and `net.10.weight` are two that lie in one storage"),
+    ],
+)
+def test_refusals(pool: WorkerPool, make: Any, virtual: bool, message: str) -> None:
+    for result in pool.try_run(fit_module, 1 if virtual else 2, make, 2, virtual):
+        assert isinstance(result, Failure)
+        assert message in result.message
+
+
+def test_a_hook_that_makes_nothing_changes_nothing(pool: WorkerPool) -> None:
+    with_hook, without = (pool.run(fit_module, 2, make, 2)[0] for make in (MakesNothing, models.MLP))
+    assert_equal(with_hook, without, 0)
