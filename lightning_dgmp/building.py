@@ -90,6 +90,8 @@ class BuildingStrategy(MeshStrategy):
                 " `reset_parameters`, or give a checkpoint."
             )
         self._recordings = []
+        if placement is not None:
+            placement.begin()
 
     def agree_on_model(self) -> None:
         """Begin with the same model in all processes."""
@@ -98,6 +100,12 @@ class BuildingStrategy(MeshStrategy):
         assert self.lightning_module is not None
         is_apart = self._placement is not None and self._placement.plan is not None
         agree_on_model(self.lightning_module, self._world, self._stage_ranks, is_apart)
+
+    @override
+    def teardown(self) -> None:
+        if self._placement is not None:
+            self._placement.end()
+        super().teardown()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

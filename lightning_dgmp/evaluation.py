@@ -68,6 +68,8 @@ class Evaluation:
         self._slots, self._placement = ParameterSlots(module), placement
         self._runners: dict[Any, StageRunner | None] = {}
         self._whole = ExitStack()
+        if placement is not None:
+            placement.end()
 
     def run(self, key: Any, step: Callable[[], Any]) -> Any:
         """Run this stage's part of ``step``; steps with the same ``key`` share a plan.

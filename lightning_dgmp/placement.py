@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dgmp.calls import ParameterSlots
+from lightning_dgmp.calls import ParameterSlots, intercepted_calls
 from lightning_dgmp.checkpoint import WeightShards
 from lightning_dgmp.deferred import Recording
+from lightning_dgmp.ghost import GhostError, GhostRead
 from lightning_dgmp.later import read_all
+from lightning_dgmp.operations import GhostMode
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.rebalancing import move_parameters
 from lightning_dgmp.stage.shadow import Shadow, cast_shadow, restore, taking_copies
@@ -23,6 +25,12 @@ from lightning_dgmp.world import World
 __all__ = ["Placement", "await_values"]
 
 await_values = partial(cast_shadow, whose="a parameter that is made when the first batch shows where its stage is")
+
+
+_NO_WEIGHTS = (
+    "The module has no weights yet: they are made with the first batch, which shows where its stages are. Save it, or"
+    " look at it, after that."
+)
 
 
 class Placement:
@@ -51,6 +59,7 @@ class Placement:
         self._where = stage, ranks, group, world
         self.recordings = [recording for recording in recordings if recording.parameters]
         self._given: dict[nn.Parameter, Tensor] = {}
+        self._calls = ExitStack()
         own = set(root.parameters())
         for recording in self.recordings:  # what is hidden from `named_parameters()` is everywhere
             self._make(recording, [p for p in recording.parameters if p not in own])
@@ -59,6 +68,28 @@ class Placement:
     def awaited(self) -> set[str]:
         """The parameters that this process does not have."""
         return {name for name, parameter in self.root.named_parameters() if isinstance(parameter, Shadow)}
+
+    def begin(self) -> None:
+        """Let calls of the module before any step, as that of a summary, work on shapes."""
+        self.end()
+        self._calls.enter_context(intercepted_calls(self.root, self._on_call, [""]))
+
+    def end(self) -> None:
+        """Let calls be what they are."""
+        self._calls.close()
+
+    def _on_call(
+        self, call: Callable[..., Any], module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not any(isinstance(parameter, Shadow) for parameter in module.parameters()):  # a step is being traced
+            return call(*args, **kwargs)
+        slots, ghosts = ParameterSlots(module), GhostMode()
+        held = {name: ghosts.like(p, name, False, p.device) for name, p in slots.parameters.items()}
+        try:
+            with slots.holding(held):
+                return call(*args, **kwargs)
+        except GhostRead as read:
+            raise GhostError(f"{_NO_WEIGHTS} ({read})") from None
 
     @property
     def loaded(self) -> set[nn.Parameter]:
@@ -77,6 +108,7 @@ class Placement:
 
     def place(self, plan: Plan, optimizers: Sequence[Optimizer] = ()) -> None:
         """Let each process have the parameters that ``plan`` gives to its stage, and no others."""
+        self.end()
         stage, ranks, _, world = self._where
         slots = ParameterSlots(self.root)
         if self.plan is None:
@@ -103,10 +135,7 @@ class Placement:
     @property
     def _weights(self) -> WeightShards:
         if self.plan is None:
-            raise RuntimeError(
-                "The module has no weights yet: they are made with the first batch, which shows where its stages are."
-                " Save it, or look at it, after that."
-            )
+            raise RuntimeError(_NO_WEIGHTS)
         return WeightShards(self.root, ParameterSlots(self.root), self.plan, *self._where)
 
     def own_state_dict(self) -> dict[str, Any]:

@@ -40,15 +40,19 @@ class LateMLP(_Late):
     def __init__(self, depth: int = 4, width: int = 16, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.depth, self.width = depth, width
+        self.example_input_array = torch.zeros(2, 8)
 
     def make(self) -> nn.Module:
         width = self.width
         hidden = [layer for _ in range(self.depth) for layer in (nn.Linear(width, width), nn.Tanh())]
         return nn.Sequential(nn.Linear(8, width), nn.Tanh(), *hidden, nn.Linear(width, 4))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[misc, no-any-return]
+
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
-        return F.cross_entropy(self.net(x), y)  # type: ignore[misc]
+        return F.cross_entropy(self(x), y)
 
 
 class LateNorm(LateMLP):

@@ -54,7 +54,7 @@ def fit_late(kind: str, num_stages: int, virtual: bool, devices: int, **kwargs: 
     callbacks = [peeks, *kwargs.pop("callbacks", [])]
     return fit(
         MODULES[kind], loader, strategy, devices, make_val_loader=loader, callbacks=callbacks, limit_train_batches=12,
-        limit_val_batches=2, **kwargs,
+        limit_val_batches=2, enable_model_summary=True, **kwargs,
     ), peeks.seen  # fmt: skip
 
 
