@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_model
 from lightning_dgmp.deferred import Recording
-from lightning_dgmp.host import MisconfigurationException
+from lightning_dgmp.host import LightningModule, MisconfigurationException
+from lightning_dgmp.later import read_all
 from lightning_dgmp.mesh import MeshStrategy
 from lightning_dgmp.placement import Placement, await_values
 from lightning_dgmp.stage.shadow import Shadow
 from lightning_dgmp.support import tied_in_memory
+from lightning_dgmp.weights import mismatch, named_for, open_weights
 
 __all__ = ["BuildingStrategy"]
+
+
+_MAX_NAMES = 10  # in an error
 
 
 class BuildingStrategy(MeshStrategy):
@@ -32,6 +39,8 @@ class BuildingStrategy(MeshStrategy):
         super().__init__(*args, **kwargs)
         self._recordings: list[Recording] = []
         self._placement: Placement | None = None
+        self._weights_path: str | Path | None = None  # of weights that are to be loaded
+        self._loaded: set[nn.Parameter] = set()  # if there is no placement
 
     @override
     @contextmanager
@@ -63,10 +72,12 @@ class BuildingStrategy(MeshStrategy):
 
     def check_built(self) -> None:
         """Refuse parameters that have no values, or that cannot be told apart."""
-        if self.num_stages == 1:
-            return
         module, placement = self.lightning_module, self.place_module()
         assert module is not None
+        if self._weights_path is not None:
+            self._load_weights(module, Path(self._weights_path))
+        if self.num_stages == 1:
+            return
         names = {p: name for name, p in module.named_parameters()}
         if not self._virtual and placement is None and any(isinstance(p, Shadow) for p in names):
             raise MisconfigurationException(
@@ -77,7 +88,7 @@ class BuildingStrategy(MeshStrategy):
         for tied in filter(None, (r.sharing_memory() for r in recordings if not self._virtual)):
             raise tied_in_memory(names[tied[0]], names[tied[1]])
         unwritten = {p for recording in recordings for p in recording.without_values()}
-        unwritten -= set() if placement is None else placement.loaded
+        unwritten -= self._loaded if placement is None else placement.loaded
         tensors = [*module.named_parameters(), *module.named_buffers()]
         empty = [f"`{name}`" for name, tensor in tensors if tensor.is_meta or tensor in unwritten]
         if empty:
@@ -89,9 +100,20 @@ class BuildingStrategy(MeshStrategy):
                 f" {', '.join(empty)}. Initialise what `torch.empty` makes, as in"
                 " `reset_parameters`, or give a checkpoint."
             )
-        self._recordings = []
+        self._recordings, self._loaded = [], set()
         if placement is not None:
             placement.begin()
+
+    def _load_weights(self, module: LightningModule, path: Path) -> None:
+        prefix, weights = named_for(module, open_weights(path))
+        if wrong := mismatch(module, prefix, weights):
+            raise MisconfigurationException(
+                f"The weights at `load_weights='{path}'` must be those of the module, or of a module in it, but"
+                f" {', '.join(wrong[:_MAX_NAMES])}{', ...' if len(wrong) > _MAX_NAMES else ''}."
+            )
+        if self._placement is None:
+            weights = read_all(weights)
+        self.load_model_state_dict({"state_dict": weights}, strict=False)
 
     def agree_on_model(self) -> None:
         """Begin with the same model in all processes."""
@@ -109,9 +131,11 @@ class BuildingStrategy(MeshStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._weights_path = None
         placement = self.place_module()
         if placement is None:
             super().load_model_state_dict(checkpoint, strict)
-            self._recordings = []  # all is written
+            assert self.lightning_module is not None
+            self._loaded = {p for n, p in self.lightning_module.named_parameters() if n in checkpoint["state_dict"]}
         else:
             placement.load_state_dict(checkpoint["state_dict"], strict)

@@ -66,8 +66,9 @@ class Placement:
 
     @property
     def awaited(self) -> set[str]:
-        """The parameters that this process does not have."""
-        return {name for name, parameter in self.root.named_parameters() if isinstance(parameter, Shadow)}
+        """The names of parameters that this process does not have."""
+        parameters = self.root.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in parameters if isinstance(parameter, Shadow)}
 
     def begin(self) -> None:
         """Let calls of the module before any step, as that of a summary, work on shapes."""
@@ -103,8 +104,10 @@ class Placement:
             if self.plan is None:
                 self._given[shadow] = value
 
+        awaited = self.awaited
+        here = read_all({key: value for key, value in state.items() if key not in awaited})
         with taking_copies(take):
-            self.root.load_state_dict(state, strict=strict)
+            self.root.load_state_dict({**state, **here}, strict=strict)
 
     def place(self, plan: Plan, optimizers: Sequence[Optimizer] = ()) -> None:
         """Let each process have the parameters that ``plan`` gives to its stage, and no others."""

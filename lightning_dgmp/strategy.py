@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -40,16 +41,11 @@ from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.averaging import buffer_slots
 from lightning_dgmp.stage.runner import BackwardMode
 from lightning_dgmp.starting import StartingStrategy
-from lightning_dgmp.support import check_arguments, check_optimizers, check_supported
+from lightning_dgmp.support import ONCE, check_arguments, check_optimizers, check_supported
 
 __all__ = ["DelayedMPStrategy"]
 
 _Scaler = TypeVar("_Scaler", bound=GradScaler)
-
-_ONCE = (
-    "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but its closure was called again for"
-    " the same batch. Use a first-order optimizer, and call the closure once in `optimizer_step`."
-)
 
 
 class DelayedMPStrategy(StartingStrategy):
@@ -92,6 +88,8 @@ class DelayedMPStrategy(StartingStrategy):
             default as they are, which under autocast is its dtype.
         save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
             that the whole model is nowhere; otherwise ordinary files.
+        load_weights: A file or folder with weights, of which each process reads what it needs: safetensors, Lightning's
+            or torch's checkpoints. They take the place of initial ones, not of those of a ``ckpt_path``.
         timeout: How long a stage waits for another before it gives up with an error.
         **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`, which wraps each stage of
             several replicas.
@@ -116,6 +114,7 @@ class DelayedMPStrategy(StartingStrategy):
         slack: int = 0,
         message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
+        load_weights: str | Path | None = None,
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
@@ -123,7 +122,7 @@ class DelayedMPStrategy(StartingStrategy):
         remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
         options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack, balance)
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
-        self._options, self.slack = options, slack
+        self._options, self.slack, self._weights_path = options, slack, load_weights
         self._undo_callbacks: Callable[[], None] = _nothing
 
     # ----- setup
@@ -196,7 +195,7 @@ class DelayedMPStrategy(StartingStrategy):
         if self.num_stages > 1:
             self._num_steps += 1
             if self._num_steps > 1:
-                raise MisconfigurationException(_ONCE)
+                raise MisconfigurationException(ONCE)
         module = self.lightning_module
         assert module is not None
         self._num_since_flush += not self._is_synchronous
@@ -285,7 +284,7 @@ class DelayedMPStrategy(StartingStrategy):
 
         def closure_of_result() -> Any:
             if next(calls):
-                raise MisconfigurationException(_ONCE)
+                raise MisconfigurationException(ONCE)
             return result
 
         exchange = partial(self._exchange_shared, optimizer)

@@ -30,7 +30,13 @@ from lightning_dgmp.stage.shadow import Shadow
 _AVERAGING = callbacks.StochasticWeightAveraging, callbacks.WeightAveraging
 _PRECISIONS = BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision
 
-__all__ = ["check_arguments", "check_devices", "check_optimizers", "check_supported", "tied_in_memory"]
+__all__ = ["ONCE", "check_arguments", "check_devices", "check_optimizers", "check_supported", "tied_in_memory"]
+
+
+ONCE = (
+    "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but its closure was called again for"
+    " the same batch. Use a first-order optimizer, and call the closure once in `optimizer_step`."
+)
 
 
 def check_arguments(strategy: type, further: Iterable[str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_dgmp import DelayedMPStrategy
@@ -184,6 +187,57 @@ def fit_module(make: Any, num_stages: int, virtual: bool = False) -> Outcome:
     devices = 1 if virtual else num_stages
     strategy = {"num_stages": num_stages, "virtual": virtual}
     return fit(make, loader, strategy, devices, make_val_loader=loader, limit_train_batches=3, limit_val_batches=1)
+
+
+def weights_in(folder: Path, kind: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """Files with the weights of the network in a `LateGPT`."""
+    torch.manual_seed(3)
+    state = dict(LateGPT().make().state_dict())
+    path = folder / kind
+    without_tied = {name: value.clone() for name, value in state.items() if name != "head.weight"}
+    if kind == "shards":
+        dcp.save(dict(state), checkpoint_id=path, no_dist=True)
+    elif kind == "file.ckpt":
+        torch.save({"state_dict": {f"net.{name}": value for name, value in state.items()}}, path)
+    elif kind == "one.safetensors":
+        save_file(without_tied, path)
+    else:
+        path.mkdir()
+        names = {name: f"{i % 2}.safetensors" for i, name in enumerate(without_tied)}
+        for file in set(names.values()):
+            save_file({name: value for name, value in without_tied.items() if names[name] == file}, path / file)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return str(path), state
+
+
+def fit_from(path: str, virtual: bool, devices: int) -> Outcome:
+    """Trains without changing anything."""
+    strategy = {"virtual": virtual, "load_weights": path}
+    still = {"optimizer": "sgd", "lr": 0.0}
+    return fit_late("gpt", 2, virtual, devices, strategy=strategy, module_args=still)[0]
+
+
+@pytest.mark.parametrize("kind", ["one.safetensors", "folder", "shards", "file.ckpt"])
+def test_weights_from_files(pool: WorkerPool, tmp_path: Path, kind: str) -> None:
+    path, state = weights_in(tmp_path, kind)
+    for virtual, devices in [(False, 2), (True, 1)]:
+        loaded = pool.run(fit_from, devices, path, virtual, devices)[0].state
+        assert all(torch.equal(loaded[f"net.{name}"], value) for name, value in state.items())
+
+
+def test_weights_of_another_module(pool: WorkerPool, tmp_path: Path) -> None:
+    path, state = weights_in(tmp_path, "one.safetensors")
+    changed = {name: value.clone() for name, value in state.items() if name not in ("head.weight", "ln_f.bias")}
+    save_file({**changed, "pos_emb": torch.zeros(3, 4), "more": torch.zeros(2)}, path)
+    for result in pool.try_run(fit_from, 2, path, False, 2):
+        assert isinstance(result, Failure)
+        assert (
+            "`net.ln_f.bias` is missing, `net.more` is not in the module, `net.pos_emb` is (3, 4) there and (1, 32, 16)"
+            in result.message
+        )
+    for result in pool.try_run(fit_from, 2, f"{path}.not", False, 2):
+        assert isinstance(result, Failure)
+        assert "there is none at" in result.message
 
 
 @pytest.mark.parametrize(
