@@ -315,15 +315,12 @@ def _view(storage: Any, place: _Place) -> Tensor:
     return empty.set_(storage, place.offset, place.size, place.stride)
 
 
-_OF_FAKES = frozenset({"fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "item_memo", "nonzero_memo",
-                       "unique_memo", "unique_consecutive_memo", "nested_int_memo", "real_tensor",
-                       "_is_param"})  # fmt: skip
-
-
 def _parameter(value: Tensor, fake: FakeTensor) -> nn.Parameter:
     """A parameter with ``value`` in the place of ``fake``, with the attributes and hooks that it has been given."""
     parameter = nn.Parameter(value, requires_grad=fake.requires_grad)
-    vars(parameter).update({k: v for k, v in vars(fake).items() if k not in _OF_FAKES})
+    with fake.fake_mode:
+        own = vars(nn.Parameter(torch.empty(1)))  # of all fakes
+    vars(parameter).update({name: value for name, value in vars(fake).items() if name not in own})
     for hook in (fake._backward_hooks or {}).values():
         parameter.register_hook(hook)
     for hook in (fake._post_accumulate_grad_hooks or {}).values():
