@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from lightning_dgmp.building import BuildingStrategy
 from lightning_dgmp.host import LightningModule, MisconfigurationException, TorchCheckpointIO
 from lightning_dgmp.nests import leaves
 from lightning_dgmp.pipeline import Pipeline
+from lightning_dgmp.placement import Placement
 from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place, save_sharded
 from lightning_dgmp.stage.shadow import holds_parameters
 
@@ -140,18 +141,13 @@ class SavingStrategy(BuildingStrategy):
     def _is_plain_file(self, path: Any) -> bool:
         return type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(path)
 
-    def _is_read_later(self, key: str) -> bool:
-        """Whether a tensor of a sharded checkpoint is read when it is known who needs it."""
-        if (placement := self.place_module()) is None:
-            return False
-        return key.startswith("optimizer_") or key.removeprefix("model.") in placement.awaited
-
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        placement = self.place_module()
         try:
             if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
-                return load_sharded(Path(checkpoint_path), self._is_read_later, *args, **kwargs)
-            if self.place_module() is not None and self._is_plain_file(checkpoint_path):  # each reads what it needs
+                return load_sharded(Path(checkpoint_path), _is_later(placement), *args, **kwargs)
+            if placement is not None and self._is_plain_file(checkpoint_path):  # each reads what it needs
                 return torch.load(checkpoint_path, "cpu", mmap=zipfile.is_zipfile(checkpoint_path), **kwargs)
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
         except FileNotFoundError:
@@ -178,3 +174,11 @@ class SavingStrategy(BuildingStrategy):
         self._loaded_states = list(checkpoint["optimizer_states"])  # of which a stage needs its own
         for optimizer, state in zip(self.optimizers, self._loaded_states):
             optimizer.load_state_dict({**state, "state": {}})
+
+
+def _is_later(placement: Placement | None) -> Callable[[str], bool]:
+    """Tells which tensors of a sharded checkpoint are read when it is known who needs them."""
+    if placement is None:
+        return lambda key: False
+    awaited = {f"model.{name}" for name in placement.awaited}
+    return lambda key: key in awaited or key.startswith("optimizer_")
