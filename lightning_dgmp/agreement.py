@@ -14,6 +14,7 @@ from lightning_dgmp.host import MisconfigurationException
 from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.plan.restore import generators_in, get_state, set_state
+from lightning_dgmp.stage.shadow import Shadow
 from lightning_dgmp.world import PeerError, World
 
 __all__ = ["agree_on_model", "agree_on_plan", "not_synchronised", "put_buffers"]
@@ -21,11 +22,12 @@ __all__ = ["agree_on_model", "agree_on_plan", "not_synchronised", "put_buffers"]
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # as DDP calls it
 
 
-def agree_on_model(module: nn.Module, world: World, ranks: Sequence[int]) -> None:
-    """Give every process the parameters and buffers of rank 0, as DDP does.
+def agree_on_model(module: nn.Module, world: World, ranks: Sequence[int], is_apart: bool = False) -> None:
+    """Give every process the parameters and buffers of rank 0, as DDP does; not parameters that are nowhere yet.
 
     Buffers may differ in shape, or be missing: an evaluation makes those that modules cache on some ranks alone. Random
-    generators that modules keep go on alike within a replica, of which ``ranks`` are.
+    generators that modules keep go on alike within a replica, of which ``ranks`` are. If each process has parameters of
+    its own already (``is_apart``), these stay as they are.
 
     Raises:
         MisconfigurationException: If names, shapes or dtypes of parameters differ.
@@ -39,7 +41,8 @@ def agree_on_model(module: nn.Module, world: World, ranks: Sequence[int]) -> Non
                 f"All processes must make the same model, but {difference}. Make it independent of the rank."
             )
     for name in theirs:
-        _broadcast(parameters[name], world)
+        if not is_apart and not isinstance(parameters[name], Shadow):
+            _broadcast(parameters[name], world)
     buffers = {path: m._buffers for path, m in module.named_modules() if m._buffers}
     device = next((p.device for p in parameters.values()), torch.device("cpu"))
     shared = world.share(buffers, "the buffers of rank 0", range(world.size), 0, device)

@@ -21,6 +21,7 @@ from lightning_dgmp.ghost import Ghost, GhostError
 __all__ = [
     "CallHandler",
     "ParameterSlots",
+    "assigning_data",
     "custom_functions",
     "data_assignments",
     "has_backward_hooks",
@@ -116,6 +117,17 @@ def data_assignments() -> Iterator[None]:
     finally:
         if is_outermost:
             del torch.Tensor.data
+
+
+@contextmanager
+def assigning_data(convert: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Let ``tensor.data = value`` assign ``convert(tensor, value)``."""
+    exchanged: Any = _Data(_OWN_DATA.__get__, lambda t, value: _OWN_DATA.__set__(t, convert(t, value)))
+    torch.Tensor.data = exchanged
+    try:
+        yield
+    finally:
+        del torch.Tensor.data
 
 
 @contextmanager

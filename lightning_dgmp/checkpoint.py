@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_dgmp.agreement import put_buffers
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.host import MisconfigurationException
+from lightning_dgmp.later import read_all
 from lightning_dgmp.plan.plan import Plan
 from lightning_dgmp.stage.shadow import Shadow, cast_shadow, restore
 from lightning_dgmp.world import World
@@ -162,6 +163,15 @@ class OptimizerShards:
         for param_group, names in zip(self.optimizer.param_groups, self._names):
             param_group["params"] = [self._slots.parameters[name] for name in names]
         self._names, self._own = [], []
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load what ``state``, of all parameters in the user's order, has of those of this stage."""
+        self.divide()
+        keys = [key for group in state["param_groups"] for key in group["params"]]
+        saved = dict(zip([name for names in self._names for name in names], keys))
+        local = self.optimizer.state_dict()
+        own = {i: state["state"][key] for i, name in enumerate(self._own) if (key := saved[name]) in state["state"]}
+        self.optimizer.load_state_dict({**local, "state": read_all(own)})
 
     def _name(self, parameter: nn.Parameter) -> str:
         if parameter not in self._slots.names:

@@ -129,6 +129,7 @@ class EvaluatingStrategy(SavingStrategy):
             self._evaluation = Evaluation(
                 module,
                 self._pipeline,
+                self.place_module(),
                 self._interception,
                 self._transport,
                 self._world,

@@ -12,9 +12,10 @@ from torchmetrics import Metric
 from lightning_dgmp.agreement import agree_on_plan
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.ghost import GhostError
-from lightning_dgmp.host import LightningModule, rank_zero_warn
+from lightning_dgmp.host import LightningModule, MisconfigurationException, rank_zero_warn
 from lightning_dgmp.metrics import logging_nothing, logging_what_is_here
 from lightning_dgmp.pipeline import Interception, Pipeline
+from lightning_dgmp.placement import Placement
 from lightning_dgmp.plan.cut import PlanError
 from lightning_dgmp.plan.plan import Plan, make_evaluation_plan, make_plan
 from lightning_dgmp.plan.restore import attributes_saved
@@ -31,13 +32,14 @@ class Evaluation:
     """The evaluation steps of one process.
 
     Each kind of step has a plan of its own, made on its first batch: it calls other modules than the training step.
-    While a model is being trained its parameters stay where they are; otherwise every process has all of them, and the
-    plan is free. A step that cannot be divided, as one that generates text by calling the network again and again,
-    runs with the whole model on every process.
+    While a model is being trained, or if it was made without holding it, its parameters stay where they are; otherwise
+    every process has all of them, and the plan is free. A step that cannot be divided, as one that generates text by
+    calling the network again and again, runs with the whole model on every process, if that may have it.
 
     Args:
         module: The LightningModule.
         pipeline: The pipeline that is being trained, if any.
+        placement: Of the parameters, if no process may have all of them.
         interception: Of the module's calls.
         transport: The channels of this stage.
         world: All processes.
@@ -51,6 +53,7 @@ class Evaluation:
         self,
         module: LightningModule,
         pipeline: Pipeline | None,
+        placement: Placement | None,
         interception: Interception,
         transport: Transport,
         world: World,
@@ -62,9 +65,11 @@ class Evaluation:
         self._module, self._pipeline, self._interception = module, pipeline, interception
         self._transport, self._world, self._ranks, self._stage = transport, world, ranks, stage
         self._device, self._seed = device, mix_seed(seed, 0, 0)
-        self._slots = ParameterSlots(module)
+        self._slots, self._placement = ParameterSlots(module), placement
         self._runners: dict[Any, StageRunner | None] = {}
         self._whole = ExitStack()
+        if placement is not None:
+            placement.end()
 
     def run(self, key: Any, step: Callable[[], Any]) -> Any:
         """Run this stage's part of ``step``; steps with the same ``key`` share a plan.
@@ -101,6 +106,8 @@ class Evaluation:
         except PlanError as error:
             reason = str(error).replace("training_step", key[0])
         else:
+            if self._placement is not None and self._placement.plan is None:
+                self._placement.place(plan)
             self._transport.open(plan.edges(), by_all=False)
             runner = self._make_runner(plan)
             results: dict[str, Metric] | None = self._module.trainer._results
@@ -119,6 +126,12 @@ class Evaluation:
             for name in set(logged) - names:
                 del logged[name]
             reason = next(filter(None, failures))
+        if self._placement is not None:
+            raise MisconfigurationException(
+                f"`{key[0]}` needs the whole model on every process, because it cannot be divided among the stages, but"
+                " the module was made in `configure_model` or under `trainer.init_module`, so that no process holds it."
+                f" Make it in `__init__`. ({reason})"
+            )
         rank_zero_warn(
             f"`{key[0]}` runs with the whole model on every process, because it cannot be divided among the stages:"
             f" {reason}"
@@ -136,15 +149,18 @@ class Evaluation:
         except GhostError as error:
             raise PlanError(str(error)) from error
         trace.returned_none = False
+        placed = None if self._placement is None else self._placement.plan
         if self._pipeline is not None and not self._pipeline.runner.whole:
-            return make_evaluation_plan(trace, self._module, self._pipeline.runner.plan)
+            placed = self._pipeline.runner.plan
+        if placed is not None:
+            return make_evaluation_plan(trace, self._module, placed)
         return make_plan(trace, self._module, len(self._ranks))
 
     def _make_runner(self, plan: Plan) -> StageRunner:
         runner = StageRunner(
             self._module, self._slots, plan, self._stage, 0, self._transport, "stash", self._seed, self._device
         )
-        runner.whole = self._pipeline is None or self._pipeline.runner.whole
+        runner.whole = self._placement is None and (self._pipeline is None or self._pipeline.runner.whole)
         return runner
 
     def _run_stage(self, runner: StageRunner, step: Callable[[], Any]) -> Any:

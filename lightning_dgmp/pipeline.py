@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -172,9 +172,16 @@ class Pipeline:
         for shards in self._optimizers:
             shards.divide()
 
-    def close(self) -> None:
-        """Give every process all values for good. Nothing may be in flight."""
+    def load_optimizers(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Load what checkpoints have of the optimizers, this stage's part of it."""
+        for shards, state in zip(self._optimizers, states):
+            shards.load(state)
+
+    def close(self, stay_apart: bool = False) -> None:
+        """Give every process all values for good, or if parameters stay apart all buffers. Nothing may be in flight."""
         remove_ghosts(self.runner.root)
-        if not self.runner.whole:
+        if stay_apart:
+            self._weights.share_buffers()
+        elif not self.runner.whole:
             self._weights.assemble()
             self.runner.whole = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dgmp.building import BuildingStrategy
 from lightning_dgmp.host import LightningModule, MisconfigurationException, TorchCheckpointIO
-from lightning_dgmp.mesh import MeshStrategy
 from lightning_dgmp.nests import leaves
 from lightning_dgmp.pipeline import Pipeline
+from lightning_dgmp.placement import Placement
 from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place, save_sharded
 from lightning_dgmp.stage.shadow import holds_parameters
 
@@ -32,7 +34,7 @@ _NO_MODULES = (
 )
 
 
-class SavingStrategy(MeshStrategy):
+class SavingStrategy(BuildingStrategy):
     """Saves ordinary Lightning files with the whole model, or folders into which each process writes what it holds.
 
     Args:
@@ -56,10 +58,12 @@ class SavingStrategy(MeshStrategy):
         super().__init__(num_stages, data_parallel_size, virtual, timeout, **kwargs)
         self._is_sharded = is_sharded
         self._pipeline: Pipeline | None = None
+        self._trained: Pipeline | None = None  # the newest, which knows the optimizers also after `fit`
         self._seed = 0
         self._seeds: list[int] = []  # of all replicas
         self._loaded_seeds: list[int] = []
         self._loaded_squares = torch.zeros(0)
+        self._loaded_states: list[dict[str, Any]] = []  # of optimizers, for when the plan is known
 
     @property
     @abstractmethod
@@ -84,15 +88,18 @@ class SavingStrategy(MeshStrategy):
         if self._is_sharded and self._pipeline is not None:
             self.flush()
             return self._pipeline.own_state_dict()
+        if (placement := self.place_module()) is not None:
+            self.flush()
+            return placement.own_state_dict() if self._is_sharded else placement.state_dict()
         with self.whole_model():
             return super().lightning_module_state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self._pipeline is not None:
+        if self._trained is not None:
             self.flush()
             optimizer = getattr(optimizer, "_optimizer", optimizer)
-            state = self._pipeline.optimizer_state(optimizer, only_own=self._is_sharded)
+            state = self._trained.optimizer_state(optimizer, only_own=self._is_sharded)
             if state is not None:
                 return state
         return super().optimizer_state(optimizer)
@@ -124,19 +131,24 @@ class SavingStrategy(MeshStrategy):
             path = Path(self.broadcast(filepath))  # one folder, whatever callbacks name it in each process
             save_sharded(checkpoint, path, group, self.is_global_zero, self.barrier)
             return
-        is_plain = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
-        if not is_plain:
+        if not self._is_plain_file(filepath):
             super().save_checkpoint(checkpoint, filepath, storage_options)
         elif self.is_global_zero:  # a kill at any moment leaves the previous file
             partial_path = f"{filepath}.part"
             super().save_checkpoint(checkpoint, partial_path, storage_options)
             put_in_place(Path(partial_path), Path(filepath))
 
+    def _is_plain_file(self, path: Any) -> bool:
+        return type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(path)
+
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        placement = self.place_module()
         try:
             if "://" not in str(checkpoint_path) and is_sharded(Path(checkpoint_path)):
-                return load_sharded(Path(checkpoint_path), *args, **kwargs)
+                return load_sharded(Path(checkpoint_path), _is_later(placement), *args, **kwargs)
+            if placement is not None and self._is_plain_file(checkpoint_path):  # each reads what it needs
+                return torch.load(checkpoint_path, "cpu", mmap=zipfile.is_zipfile(checkpoint_path), **kwargs)
             return super().load_checkpoint(checkpoint_path, *args, **kwargs)
         except FileNotFoundError:
             raise
@@ -153,3 +165,20 @@ class SavingStrategy(MeshStrategy):
         super().load_model_state_dict(checkpoint, strict)
         ours = checkpoint.get(_KEY, {})
         self._loaded_seeds, self._loaded_squares = ours.get("seeds", []), ours.get("squares", torch.zeros(0))
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.place_module() is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        self._loaded_states = list(checkpoint["optimizer_states"])  # of which a stage needs its own
+        for optimizer, state in zip(self.optimizers, self._loaded_states):
+            optimizer.load_state_dict({**state, "state": {}})
+
+
+def _is_later(placement: Placement | None) -> Callable[[str], bool]:
+    """Tells which tensors of a sharded checkpoint are read when it is known who needs them."""
+    if placement is None:
+        return lambda key: False
+    awaited = {f"model.{name}" for name in placement.awaited}
+    return lambda key: key in awaited or key.startswith("optimizer_")

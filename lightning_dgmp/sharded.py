@@ -11,16 +11,22 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.format_utils import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-__all__ = ["is_sharded", "load_sharded", "put_in_place", "save_sharded"]
+from lightning_dgmp.later import later
+
+__all__ = ["is_sharded", "load_sharded", "put_in_place", "read_tensors", "save_sharded"]
 
 _META = "meta.pt"
 
@@ -75,8 +81,15 @@ def is_sharded(path: Path) -> bool:
     return _folder(path).is_dir()
 
 
-def load_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+def load_sharded(
+    path: Path, is_later: Callable[[str], bool] = lambda key: False, weights_only: bool | None = None
+) -> dict[str, Any]:
     """An ordinary Lightning checkpoint with all that is in the folder ``path``.
+
+    Args:
+        path: The folder.
+        is_later: Tells of which tensors to take the shape alone, for :func:`~lightning_dgmp.later.read_all`.
+        weights_only: As for :func:`torch.load`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -86,16 +99,36 @@ def load_sharded(path: Path, weights_only: bool | None = None) -> dict[str, Any]
     reader = dcp.FileSystemReader(path)
     try:
         extra = torch.load(path / _META, map_location="cpu", weights_only=bool(weights_only))
-        files = {info.relative_path for info in reader.read_metadata().storage_data.values()}
+        metadata = reader.read_metadata()
+        files = {info.relative_path for info in metadata.storage_data.values()}
     except FileNotFoundError as error:
         raise FileNotFoundError(_incomplete(path, Path(error.filename).name)) from None
     for name in sorted(files):
         if not (path / name).is_file():
             raise FileNotFoundError(_incomplete(path, name))
-    _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    others = {key for key in tensors if is_later(key)}
+    _read_into(state, path, metadata.state_dict_metadata.keys() - others)
+    read = partial(read_tensors, path)
+    for key in metadata.state_dict_metadata:  # in their order
+        if key in others:
+            value = later(tensors[key].size, tensors[key].properties.dtype, read, key)
+            set_element(state, metadata.planner_data[key], value)
     optimizers = sorted((key for key in state if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
     states = [{"state": {}, **state[key]} for key in optimizers]  # which is left out if it is empty
     return {**extra, "state_dict": state["model"], "optimizer_states": states}
+
+
+def read_tensors(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Some of the tensors in a folder of torch.distributed.checkpoint, by the names that they have there."""
+    state: dict[str, Any] = {}
+    _read_into(state, path, set(keys))
+    return flatten_state_dict(state)[0]
+
+
+def _read_into(state: dict[str, Any], path: Path, keys: Set[str]) -> None:
+    planner = _EmptyStateDictLoadPlanner(keys=keys)
+    _load_state_dict(state, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=True)
 
 
 def _by_text(optimizer_state: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class StartingStrategy(EvaluatingStrategy):
 
     def _reset_pipeline(self) -> None:
         self._plan: Plan | None = None
-        self._pipeline = None
+        self._pipeline = self._trained = None
         self.reporter: Reporter | None = None
         self._traced: Trace | None = None
         self._measured_from: int | None = None  # with which batch
@@ -193,7 +193,9 @@ class StartingStrategy(EvaluatingStrategy):
         transport: Transport,
         first_batch: int,
     ) -> None:
-        self._pipeline = Pipeline(
+        if self._placement is not None:
+            self._placement.place(plan, self.optimizers)
+        self._pipeline = self._trained = Pipeline(
             module,
             self.optimizers,
             plan,
@@ -206,6 +208,8 @@ class StartingStrategy(EvaluatingStrategy):
             first_batch=first_batch,
             message_dtype=self._options.message_dtype,
         )
+        self._pipeline.load_optimizers(self._loaded_states)
+        self._loaded_states = []
         runner = self._pipeline.runner
         runner.updates = self._watch_updates(runner.slots)
         copies = [] if runner.messages.shared is None else list(runner.messages.shared.copies.values())
@@ -295,6 +299,8 @@ class StartingStrategy(EvaluatingStrategy):
         optimizers = [getattr(optimizer, "_optimizer", optimizer) for optimizer in self.optimizers]
         move_parameters(old.runner.slots, optimizers, self.plan, plan, self.stage, self._stage_ranks, world)
         old.give_way()
+        if self._placement is not None:
+            self._placement.plan = plan
         self._kept.share(self.plan, self._stage_ranks, world, self.root_device)
         squares = torch.zeros(self.num_stages, device=self.root_device) if self.squares is None else self.squares
         self._end_training()

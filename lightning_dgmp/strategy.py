@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgmp.agreement import agree_on_model, not_synchronised
+from lightning_dgmp.agreement import not_synchronised
 from lightning_dgmp.callbacks import adapt_callbacks
 from lightning_dgmp.clipping import after_clipping
 from lightning_dgmp.flush import flush_batches
@@ -41,16 +42,11 @@ from lightning_dgmp.signals import Signals
 from lightning_dgmp.stage.averaging import buffer_slots
 from lightning_dgmp.stage.runner import BackwardMode
 from lightning_dgmp.starting import StartingStrategy
-from lightning_dgmp.support import SEVERAL_OPTIMIZERS, check_arguments, check_optimizers, check_supported
+from lightning_dgmp.support import ONCE, SEVERAL_OPTIMIZERS, check_arguments, check_optimizers, check_supported
 
 __all__ = ["DelayedMPStrategy"]
 
 _Scaler = TypeVar("_Scaler", bound=GradScaler)
-
-_ONCE = (
-    "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but its closure was called again for"
-    " the same batch. Use a first-order optimizer, and call the closure once in `optimizer_step`."
-)
 
 
 class DelayedMPStrategy(StartingStrategy):
@@ -93,6 +89,8 @@ class DelayedMPStrategy(StartingStrategy):
             default as they are, which under autocast is its dtype.
         save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
             that the whole model is nowhere; otherwise ordinary files.
+        load_weights: A file or folder with weights, of which each process reads what it needs: safetensors, Lightning's
+            or torch's checkpoints. They take the place of initial ones, not of those of a ``ckpt_path``.
         timeout: How long a stage waits for another before it gives up with an error.
         **kwargs: Further arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`, which wraps each stage of
             several replicas.
@@ -117,6 +115,7 @@ class DelayedMPStrategy(StartingStrategy):
         slack: int = 0,
         message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
+        load_weights: str | Path | None = None,
         timeout: timedelta | None = default_pg_timeout,
         **kwargs: Any,
     ) -> None:
@@ -124,13 +123,14 @@ class DelayedMPStrategy(StartingStrategy):
         remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
         options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack, balance)
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
-        self._options, self.slack = options, slack
+        self._options, self.slack, self._weights_path = options, slack, load_weights
         self._undo_callbacks: Callable[[], None] = _nothing
 
     # ----- setup
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        self.check_built()
         if trainer.state.fn == TrainerFn.FITTING and self.num_stages > 1:
             assert self.lightning_module is not None
             module, replicas = self.lightning_module, self.data_parallel_size
@@ -160,15 +160,13 @@ class DelayedMPStrategy(StartingStrategy):
         assert self.lightning_module is not None
         with not_synchronised(self.lightning_module):  # as DDP does: buffers that modules cache may differ
             super().setup(trainer)
-        if self._world is not None:
-            agree_on_model(self.lightning_module, self._world, self._stage_ranks)
+        self.agree_on_model()
 
     @override
     def configure_ddp(self) -> None:
         if self._is_pipeline:
             assert self.lightning_module is not None
-            assert self._world is not None
-            agree_on_model(self.lightning_module, self._world, self._stage_ranks)
+            self.agree_on_model()
             shares = self.data_parallel_size > 1 and self._ddp_kwargs.get("broadcast_buffers", True)
             self._buffers = buffer_slots(self.lightning_module) if shares else []
             if self.data_parallel_size > 1 and self._ddp_comm_hook is not None:
@@ -196,7 +194,7 @@ class DelayedMPStrategy(StartingStrategy):
         if self.num_stages > 1:
             self._num_steps += 1
             if self._num_steps > 1:
-                raise MisconfigurationException(_ONCE)
+                raise MisconfigurationException(ONCE)
         module = self.lightning_module
         assert module is not None
         self._num_since_flush += not self._is_synchronous
@@ -285,7 +283,7 @@ class DelayedMPStrategy(StartingStrategy):
 
         def closure_of_result() -> Any:
             if next(calls):
-                raise MisconfigurationException(_ONCE)
+                raise MisconfigurationException(ONCE)
             return result
 
         exchange = partial(self._exchange_shared, optimizer)
@@ -334,10 +332,11 @@ class DelayedMPStrategy(StartingStrategy):
     def whole_model(self) -> Iterator[None]:
         """Flush, and give every process the whole model meanwhile. All stages must enter it at the same iteration."""
         self.flush()
-        if self._pipeline is None:
+        parts = self._pipeline or self._placement
+        if parts is None:
             yield
             return
-        with self._pipeline.whole_model(), self._interception.suspended():
+        with parts.whole_model(), self._interception.suspended():
             yield
 
     @contextmanager
@@ -350,11 +349,11 @@ class DelayedMPStrategy(StartingStrategy):
             self._pipeline.divide_optimizers()
 
     def finish_training(self) -> None:
-        """Flush and leave the whole model on every process."""
+        """Flush and leave the whole model on every process, unless none may have it."""
         self.end_measuring()
         self.flush()
         if self._pipeline is not None:
-            self._pipeline.close()
+            self._pipeline.close(stay_apart=self._placement is not None)
             self._interception.use(None)
         self._end_training()
         if self._feed is not None:

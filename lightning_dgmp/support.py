@@ -25,13 +25,25 @@ from lightning_dgmp.host import (
     callbacks,
     is_overridden,
 )
+from lightning_dgmp.stage.shadow import Shadow
 
 _AVERAGING = callbacks.StochasticWeightAveraging, callbacks.WeightAveraging
 _PRECISIONS = BitsandbytesPrecision, DeepSpeedPrecision, FSDPPrecision, TransformerEnginePrecision
 
-__all__ = ["SEVERAL_OPTIMIZERS", "check_arguments", "check_devices", "check_optimizers", "check_supported"]
+__all__ = [
+    "ONCE",
+    "SEVERAL_OPTIMIZERS",
+    "check_arguments",
+    "check_devices",
+    "check_optimizers",
+    "check_supported",
+    "tied_in_memory",
+]
 
-
+ONCE = (
+    "`strategy='delayed_mp'` needs an optimizer that evaluates each batch once, but its closure was called again for"
+    " the same batch. Use a first-order optimizer, and call the closure once in `optimizer_step`."
+)
 SEVERAL_OPTIMIZERS = (
     "`strategy='delayed_mp'` needs a single optimizer, but `configure_optimizers` returned several. Use one"
     " optimizer with several parameter groups."
@@ -138,11 +150,7 @@ def check_supported(
                 " modules once on an example, as in `configure_model` or `__init__`."
             )
     if (tied := _tied_by_storage(module)) is not None and not virtual:
-        raise MisconfigurationException(
-            f"{strategy} finds parameters that modules share by their identity, but `{tied[0]}` and `{tied[1]}` are two"
-            " that lie in one storage. Assign the parameter itself, as in `head.weight = embedding.weight`; for a part"
-            " or a transpose of one use it in `forward`."
-        )
+        raise tied_in_memory(*tied)
     for name, child in module.named_modules():
         if not virtual and isinstance(child, torch.jit.ScriptModule):
             raise MisconfigurationException(
@@ -166,6 +174,15 @@ def check_supported(
         raise MisconfigurationException(
             f"`virtual=True` computes whole gradients at once, but `backward={backward!r}`. Use `backward='stash'`."
         )
+
+
+def tied_in_memory(name: str, other: str) -> MisconfigurationException:
+    """The error for two parameters that lie in the same memory."""
+    return MisconfigurationException(
+        f"`strategy='delayed_mp'` finds parameters that modules share by their identity, but `{name}` and `{other}` are"
+        " two that lie in one storage. Assign the parameter itself, as in `head.weight = embedding.weight`; for a part"
+        " or a transpose of one use it in `forward`."
+    )
 
 
 def check_optimizers(optimizers: list[Any], virtual: bool) -> None:
@@ -198,7 +215,7 @@ def _tied_by_storage(module: LightningModule) -> tuple[str, str] | None:
     """Two different parameters, or one and a buffer, that have memory in common, if there are any."""
     places: list[tuple[int, int, int, str, bool]] = []  # begin, number, end, name, whether it is trained
     for i, (name, tensor) in enumerate([*module.named_parameters(), *module.named_buffers()]):
-        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta:
+        if tensor.layout == torch.strided and tensor.numel() and not tensor.is_meta and not isinstance(tensor, Shadow):
             begin = tensor.data_ptr()
             extent = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
             places.append((begin, i, begin + (extent + 1) * tensor.itemsize, name, tensor.requires_grad))

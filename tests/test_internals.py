@@ -17,9 +17,11 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.call import _interrupt
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import clip_grad
 
 from lightning_dgmp.clipping import _cell
@@ -153,3 +155,15 @@ def test_callbacks_can_ask_when_to_log() -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     assert isinstance(trainer._logger_connector.should_update_logs, bool)
     assert isinstance(trainer.fit_loop._should_accumulate(), bool)
+
+
+def test_modules_are_made_in_a_context_of_the_strategy() -> None:
+    assert "trainer.strategy.tensor_init_context()" in inspect.getsource(call._call_configure_model)
+    assert "self.strategy.tensor_init_context(empty_init=empty_init)" in inspect.getsource(Trainer.init_module)
+
+
+def test_fakes_have_memory_with_a_number() -> None:
+    with FakeTensorMode():
+        fake = nn.Parameter(torch.ones(2))
+    assert fake.untyped_storage()._cdata == fake.view(1, 2).untyped_storage()._cdata
+    assert isinstance(fake, nn.Parameter)

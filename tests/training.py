@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Outcome:
     """What a run leaves: the weights, what it logged, and where it ended."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, logger: ListLogger) -> None:
-        self.state = {name: value.clone() for name, value in module.state_dict().items()}
+        with getattr(trainer.strategy, "whole_model", nullcontext)():
+            self.state = {name: value.clone() for name, value in module.state_dict().items()}
         self.rows = logger.rows
         self.global_step = trainer.global_step
         self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
