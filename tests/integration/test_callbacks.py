@@ -73,7 +73,7 @@ def test_a_timer_stops_all_stages_after_the_same_batch(
     results = pool.run(fit_counting_collectives, 3, callback, 3, **args)
     steps = {step for step, _ in results}
     assert len(steps) == 1
-    assert 5 < steps.pop() < 1000
+    assert 1 <= steps.pop() < 1000  # of 1700; a second is short on a busy machine
     assert not any("broadcast" in what for what in results[0][1][20:-10])
 
 
@@ -89,10 +89,12 @@ class Every:
 
 def test_checkpoints_by_the_clock(pool: WorkerPool, tmp_path: Path) -> None:
     make = Every(tmp_path, train_time_interval=timedelta(seconds=0.5))
+    start = time.monotonic()
     results = pool.run(fit_counting_collectives, 3, make, 3, max_epochs=3)
+    seconds = time.monotonic() - start
     assert {step for step, _ in results} == {102}
     saved = sorted(int(path.stem.split("=")[1]) for path in tmp_path.iterdir())
-    assert 2 <= len(saved) <= 12
+    assert 2 <= len(saved) <= seconds / 0.5 + 2
     assert not any("broadcast" in what for what in results[0][1][20:]), results[0][1]
 
 
