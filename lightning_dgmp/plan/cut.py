@@ -249,6 +249,8 @@ def choose_cuts(
     for k in range(1, num_stages + 1):
         for j in range(k, len(ends)):
             for i in range(k - 1, j):
+                if best[k - 1][i] >= best[k][j]:
+                    continue
                 stage = ends[i], ends[j], k - 1
                 slowest = max(best[k - 1][i], cost(*stage))
                 if slowest < best[k][j] and fits(*stage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections.abc import Mapping
 from types import FrameType
@@ -20,6 +21,7 @@ __all__ = ["Checkpoints", "Graph"]
 
 _SMALL = 256  # elements of a real tensor whose values an operation may want
 _MAX_RESULTS = 10_000
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _KEPT: dict[Any, list[_Kept]] = {}  # for all traces, so that nothing is found out twice
 
 
@@ -58,7 +60,8 @@ class Graph:
         if not torch.is_grad_enabled() or not any(t.needs_grad for t in (*tensors, *outputs) if isinstance(t, Ghost)):
             return {}
         with torch._C.DisableTorchFunctionSubclass():
-            key = func, changed is None, torch.is_autocast_enabled("cpu"), looks_of(args), looks_of(dict(kwargs))
+            autocast = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda")]
+            key = func, changed is None, *autocast, looks_of(args), looks_of(dict(kwargs))
             kept = _KEPT.get(key)
             if kept is None:
                 if len(_KEPT) >= _MAX_RESULTS:
@@ -85,6 +88,7 @@ class Graph:
                 seen.setdefault(_storage(tensor), tensor)
             return tensor
 
+        is_quiet, _LOG.disabled = _LOG.disabled, True
         try:
             with self._mode.fake_mode, torch.enable_grad():
                 stand_ins = {id(tensor): _stand_in(tensor, tensor is changed) for tensor in tensors}
@@ -95,6 +99,8 @@ class Graph:
                     returned = func(*inside[0], **inside[1])
         except Exception:  # it does not run so: what goes in and comes out
             return [_Kept(place, 0) for place in range(len(tensors) + 1)]
+        finally:
+            _LOG.disabled = is_quiet
         for place, tensor in enumerate(tensors_in(returned)):
             places.setdefault(_storage(tensor), len(tensors) + place)
         return [_Kept(places.get(storage), tensor.untyped_storage().nbytes()) for storage, tensor in seen.items()]

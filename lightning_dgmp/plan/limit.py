@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 from lightning_dgmp.plan.cut import PlanError, choose_cuts
-from lightning_dgmp.plan.memory import Memory, Parts, memory_at_peak, table_of_memory
+from lightning_dgmp.plan.memory import Memory, Parts, Sizes, memory_at_peak, table_of_memory
 from lightning_dgmp.schedule import delays_of
 
 __all__ = ["cuts_that_fit"]
@@ -57,8 +58,12 @@ def _refusal(parts: Parts, given: list[int] | None, num_stages: int, slack: int,
         """What each stage needs, if need be for the cuts by which the largest need is least."""
         delays = delays_of(num_stages, slack)
 
+        @cache
+        def sizes(start: int, end: int) -> Sizes:
+            return parts.sizes(start, end).times(activations, parameters)
+
         def need(start: int, end: int, stage: int) -> Memory:
-            return memory_at_peak(parts.sizes(start, end).times(activations, parameters), delays[stage], backward)
+            return memory_at_peak(sizes(start, end), delays[stage], backward)
 
         if positions is None:
             positions = choose_cuts(parts.cuts, num_stages, lambda *stage: need(*stage).total)
