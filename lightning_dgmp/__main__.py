@@ -7,6 +7,7 @@ import sys
 from argparse import REMAINDER, ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from traceback import format_exc
 from typing import Any
@@ -81,6 +82,7 @@ def _parser() -> ArgumentParser:
     add("--data", help="a LightningDataModule or a loader, in the same way; by default the module's own")
     add("--data-args", type=_arguments, default={}, metavar="JSON", help="its arguments")
     add("--stages", type=int, nargs="+", default=[2, 4, 8], help="how many (default 2 4 8)")
+    add("--memory-limit", type=_bytes, metavar="BYTES", help="the most that a process may hold, as 20e9 (default: any)")
     add("--json", action="store_true", help="print JSON")
 
     add = command("simulate", _SIMULATE, _simulate).add_argument
@@ -116,6 +118,14 @@ def _arguments(text: str) -> dict[str, Any]:
     raise ArgumentTypeError(f"""must be a JSON object, such as '{{"layers": 24}}', but is {text!r}""")
 
 
+def _bytes(text: str) -> int:
+    """A number of bytes."""
+    with suppress(ValueError, OverflowError):
+        if (found := int(float(text))) > 0:
+            return found
+    raise ArgumentTypeError(f"must be a number of bytes above 0, such as 20e9, but is {text!r}")
+
+
 def _save(path: Path, draw: str, *args: Any) -> None:
     """Draw into the file ``path``."""
     try:
@@ -139,12 +149,12 @@ def _plan(args: Namespace) -> None:
 
         try:
             with _refusing(*planning.REFUSALS):
-                trace = planning.trace_of(module, data)
+                trace, budget = planning.trace_of(module, data)
         except _Refused:
             raise
         except Exception as error:
             raise _Refused(f"{project.place_of(error)} raised {project.text_of(error)}\n\n{format_exc()}") from error
-    plans = planning.plans_of(trace, module, args.stages)
+    plans = planning.plans_of(trace, module, args.stages, replace(budget, limit=args.memory_limit))
     found = [planning.as_json(number, plan) for number, plan in plans.items()]
     if args.json:
         print(json.dumps(found, indent=2))

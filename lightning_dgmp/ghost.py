@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLAIN",
+    "STORAGE_IDS",
     "Ghost",
     "GhostError",
     "GhostRead",
@@ -42,7 +43,7 @@ __all__ = [
 PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
 
 
-_STORAGE_IDS = itertools.count()
+STORAGE_IDS = itertools.count()  # one for each memory
 _LOOKED_AT: set[int] = set()  # objects whose looks are being taken, which may refer to themselves
 
 
@@ -107,7 +108,7 @@ class Ghost(torch.Tensor):
             )
         ghost.fake, ghost.family, ghost.origin, ghost.needs_grad = fake, family, origin, requires_grad
         ghost.stage, ghost.vid, ghost.looks, ghost._real, ghost._receive = stage, -1, None, None, None
-        ghost.storage_id = next(_STORAGE_IDS)
+        ghost.storage_id = next(STORAGE_IDS)
         return ghost
 
     @property

@@ -33,6 +33,7 @@ class Options:
     remedies: Remedies = field(default_factory=Remedies)
     slack: int = 0
     balance: Literal["flops", "measured"] = "flops"
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         names = self.split_at or ()
@@ -60,6 +61,16 @@ class Options:
         if self.balance == "measured" and (self.virtual or self.split_at is not None):
             other = "`virtual=True` has no stages to measure" if self.virtual else "`split_at` says where to cut"
             raise ValueError(f"`balance='measured'` moves cuts by measured times, but {other}. Leave one of them out.")
+        limit = self.memory_limit
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+            raise TypeError(f"`memory_limit` must be an integer, of bytes, but is {limit!r}. For 20 GB: `20 * 10**9`.")
+        if limit is not None and limit < 1:
+            raise ValueError(f"`memory_limit` must be at least 1 byte, but is {limit}. For no limit leave it out.")
+        if limit is not None and self.virtual:
+            raise ValueError(
+                "`memory_limit` is for processes that hold one stage each, but `virtual=True` holds all in one. Leave"
+                " one of them out."
+            )
         if self.remedies.predict_weights and (self.backward == "replay" or self.tied == "ouroboros"):
             other = "backward='replay'" if self.backward == "replay" else "tied='ouroboros'"
             raise ValueError(

@@ -27,7 +27,7 @@ _MEMORY = (
     ("weights", "#56B4E9", ("parameters",)),
     ("gradients, optimizer", "#009E73", ("gradients", "optimizer")),
     ("old weights", "#F0E442", ("snapshots",)),
-    ("activations", "#E69F00", ("activations",)),
+    ("activations, messages", "#E69F00", ("activations", "messages")),
 )
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 _HATCHES = {"wait_activation": "///", "wait_error": "\\\\\\", "wait_data": "...", "wait_send": "xxx"}
@@ -97,7 +97,7 @@ def _longest_work(start: float, end: float, spans: Sequence[Span]) -> tuple[floa
 
 
 def draw_balance(plan: Plan, backward: str = "stash") -> Figure:
-    """The share of each stage in the work, and what it holds, with an optimizer as Adam.
+    """The share of each stage in the work, and what it holds at most.
 
     Args:
         plan: The plan.
@@ -120,7 +120,7 @@ def draw_balance(plan: Plan, backward: str = "stash") -> Figure:
                            label=label)  # fmt: skip
         left = [a + b for a, b in zip(left, sizes)]
     memory.bar_label(bars, [f"{one:.3g} {name}" for one in left], padding=2, fontsize=_FONT - 1)
-    memory.set_xlabel(f"{name} held at most, with an optimizer as Adam")
+    memory.set_xlabel(f"{name} held at most")
     for axes in (work, memory):
         axes.set_yticks(rows, [f"stage {k}" for k in rows])
         axes.set_ylim(plan.num_stages - 0.5, -0.5)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_dgmp.ghost import GhostError
 from lightning_dgmp.host import LightningModule, MisconfigurationException, Trainer
 from lightning_dgmp.plan.cut import PlanError
-from lightning_dgmp.plan.memory import Memory, memory_of
+from lightning_dgmp.plan.memory import Budget, memory_of, table_of_memory
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.simulator import Prediction, StageCost, delayed, predict
@@ -21,10 +21,8 @@ from lightning_dgmp.strategy import DelayedMPStrategy
 
 __all__ = [
     "REFUSALS",
-    "Memory",
     "as_json",
     "describe",
-    "memory_of",
     "plans_of",
     "predict_plan",
     "trace_of",
@@ -34,8 +32,8 @@ __all__ = [
 REFUSALS = (MisconfigurationException, PlanError, GhostError)
 
 
-def trace_of(module: LightningModule, data: Any = None) -> Trace:
-    """What ``training_step`` runs on the first batch; nothing is trained.
+def trace_of(module: LightningModule, data: Any = None) -> tuple[Trace, Budget]:
+    """What ``training_step`` runs on the first batch, and what decides how much memory it takes; nothing is trained.
 
     Args:
         module: The LightningModule.
@@ -52,17 +50,18 @@ def trace_of(module: LightningModule, data: Any = None) -> Trace:
         with suppress(_Planned):
             trainer.fit(module, datamodule=data) if is_module else trainer.fit(module, data)
     assert strategy.trace is not None
-    return strategy.trace
+    return strategy.trace, strategy.budget
 
 
 class _Planning(DelayedMPStrategy):
     """Ends training before it begins."""
 
     trace: Trace | None = None
+    budget = Budget()
 
     def _begin_training(self, batch: Any, batch_idx: int) -> None:
         assert self.lightning_module is not None
-        self.trace = self._trace(batch, batch_idx)
+        self.trace, self.budget = self._trace(batch, batch_idx), self._make_budget()
         raise _Planned
 
     @override
@@ -74,12 +73,12 @@ class _Planned(Exception):
     """There is a trace."""
 
 
-def plans_of(trace: Trace, module: nn.Module, numbers: list[int]) -> dict[int, Plan | str]:
+def plans_of(trace: Trace, module: nn.Module, numbers: list[int], budget: Budget) -> dict[int, Plan | str]:
     """The plan for each number of stages, or why there is none."""
     plans: dict[int, Plan | str] = {}
     for number in numbers:
         try:
-            plans[number] = make_plan(trace, module, number)
+            plans[number] = make_plan(trace, module, number, budget=budget)
         except PlanError as error:
             plans[number] = str(error)
     return plans
@@ -102,7 +101,7 @@ def as_json(number: int, plan: Plan | str) -> dict[str, Any]:
         "batches_per_second_per_tflops": 1e12 / prediction.period,
         "split_at": [stage.first_module for stage in plan.stages[1:]],
         "stages": [
-            {**vars(stage), "memory": {**one._asdict(), "total": one.total}}
+            {**vars(stage), "sizes": stage.sizes._asdict(), "memory": {**one._asdict(), "total": one.total}}
             for stage, one in zip(plan.stages, memory_of(plan))
         ],
     }
@@ -110,14 +109,9 @@ def as_json(number: int, plan: Plan | str) -> dict[str, Any]:
 
 def describe(plan: Plan, told: dict[str, Any]) -> str:
     """The plan's table, and what it comes to."""
-    names = Memory._fields
-    rows: list[tuple[str, ...]] = [("stage", *names, "total")]
-    for k, stage in enumerate(told["stages"]):
-        rows.append((str(k), *(f"{stage['memory'][name] / 1e6:.1f} MB" for name in (*names, "total"))))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    memory = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    memory = table_of_memory(memory_of(plan))
     return (
-        f"{plan.table()}\n\nAt most, with an optimizer as Adam, and all values that the forwards make:\n{memory}\n\n"
+        f"{plan.table()}\n\nWhat a process holds of its stage when it holds most:\n{memory}\n\n"
         f"Predicted: {told['speedup']:.2f} times as fast as one device, if messages take no time:"
         f" {told['batches_per_second_per_tflops']:.3g} batches a second for each TFLOP/s of a device."
     )

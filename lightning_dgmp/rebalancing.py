@@ -15,6 +15,7 @@ from lightning_dgmp.ghost import Ghost, realised
 from lightning_dgmp.learned import Key, attributes_in, is_plain, put_attributes
 from lightning_dgmp.nests import is_same, marks, tensors_in
 from lightning_dgmp.plan.cut import Cuts, stage_cost
+from lightning_dgmp.plan.memory import Budget
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.stage.shadow import Shadow, restore
@@ -57,7 +58,12 @@ def wait_for_device(device: torch.device) -> None:
 
 
 def better_plan(
-    trace: Trace, root: nn.Module, plan: Plan, measured: Sequence[Measurement], slack: int = 0
+    trace: Trace,
+    root: nn.Module,
+    plan: Plan,
+    measured: Sequence[Measurement],
+    slack: int = 0,
+    budget: Budget | None = None,
 ) -> tuple[Plan, float] | None:
     """The best plan by what was measured, and by how much its slowest stage is faster; ``None`` if it is not worth it.
 
@@ -67,13 +73,14 @@ def better_plan(
         plan: With which the stages were measured.
         measured: By each of them.
         slack: As for ``plan``.
+        budget: As for ``plan``.
     """
     busy = [one.busy for one in measured]
     if any(seconds is None or seconds <= 0 for seconds in busy):
         return None
     cuts = Cuts(trace)
     costs = _costs(cuts, plan, [float(seconds or 0) for seconds in busy], measured)
-    new = make_plan(trace, root, plan.num_stages, None, slack, costs)
+    new = make_plan(trace, root, plan.num_stages, None, slack, costs, budget)
     cuts.costs = costs
     old_slowest, new_slowest = (
         max(stage_cost(cuts, a, b) for a, b in pairwise(bounds)) for bounds in (plan.bounds, new.bounds)

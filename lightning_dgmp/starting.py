@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_dgmp.agreement import agree_on_plan
+from lightning_dgmp.budgets import budget_of
 from lightning_dgmp.calls import ParameterSlots
 from lightning_dgmp.clipping import clip_by_total_norm, clips_by_norm, hooks_see_gradients
 from lightning_dgmp.evaluating import EvaluatingStrategy
@@ -30,6 +31,7 @@ from lightning_dgmp.metrics import logging_nothing
 from lightning_dgmp.nests import copied_tensors, objects_in
 from lightning_dgmp.options import Options
 from lightning_dgmp.pipeline import Pipeline
+from lightning_dgmp.plan.memory import Budget
 from lightning_dgmp.plan.plan import Plan, make_plan
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.restore import attributes_saved
@@ -51,6 +53,7 @@ from lightning_dgmp.stage.notes import StageNotes, VirtualNotes
 from lightning_dgmp.stage.runner import StageRunner
 from lightning_dgmp.stage.sides import Sides
 from lightning_dgmp.stage.virtual import GradientQueues, VirtualStages
+from lightning_dgmp.support import checked_trace
 from lightning_dgmp.timing import Clock, Kind
 from lightning_dgmp.transport import Transport
 from lightning_dgmp.world import World
@@ -81,6 +84,7 @@ class StartingStrategy(EvaluatingStrategy):
         self._pipeline = self._trained = None
         self.reporter: Reporter | None = None
         self._traced: Trace | None = None
+        self._budget = Budget()
         self._measured_from: int | None = None  # with which batch
         self._call_seconds: dict[str, float] = {}
         self._kept: KeptState | None = None  # since training has begun
@@ -146,7 +150,7 @@ class StartingStrategy(EvaluatingStrategy):
         """Plan on the first batch, before anything has run on it."""
         module = self.lightning_module
         assert module is not None
-        make_plan = partial(self._make_plan, batch, batch_idx)
+        make_plan, self._budget = partial(self._make_plan, batch, batch_idx), self._make_budget()
         if self._world is None:
             self._plan = self.broadcast(make_plan())
         else:
@@ -281,7 +285,7 @@ class StartingStrategy(EvaluatingStrategy):
         found = None
         if self.is_global_zero:
             assert self._traced is not None
-            found = better_plan(self._traced, module, self.plan, measured, self.slack)
+            found = better_plan(self._traced, module, self.plan, measured, self.slack, self._budget)
         found = world.all_gather(found, "the new plan")[0]
         if found is None:
             return
@@ -347,14 +351,19 @@ class StartingStrategy(EvaluatingStrategy):
         module = self.lightning_module
         assert module is not None
         self._traced = self._trace(batch, batch_idx)
-        return make_plan(self._traced, module, self.num_stages, self._options.split_at, self.slack)
+        return make_plan(self._traced, module, self.num_stages, self._options.split_at, self.slack, None, self._budget)
+
+    def _make_budget(self) -> Budget:
+        assert self.lightning_module is not None
+        has_buckets = self.data_parallel_size > 1 and not self._ddp_kwargs.get("gradient_as_bucket_view", False)
+        how = self.optimizers, self.root_device, self._world, 1 + has_buckets, self.precision_plugin.precision
+        return budget_of(self._options, self.lightning_module, *how)
 
     def _trace(self, batch: Any, batch_idx: int) -> Trace:
         module = self.lightning_module
         assert module is not None
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         batch = batch if self._feed is None else self._feed.read(batch)
-        args = (batch, batch_idx) if takes_index else (batch,)
+        args = (batch, batch_idx)[: 1 + is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)]
 
         def step(want: Callable[..., None]) -> Any:
             logging = logging_nothing(module, want, with_loggers=True)
@@ -365,13 +374,7 @@ class StartingStrategy(EvaluatingStrategy):
         with torch.enable_grad():
             trace = trace_step(step, module, self.root_device, readers=(Metric,))
         restore()
-        backward = self._options.backward
-        if backward != "stash" and trace.changed_frozen:
-            raise MisconfigurationException(
-                f"`backward={backward!r}` runs steps twice, but `training_step` changes frozen parameters in"
-                f" place, such as `{min(trace.changed_frozen)}`. Change them in a hook, or use `backward='stash'`."
-            )
-        return trace
+        return checked_trace(trace, self._options.backward)
 
     def _end_training(self) -> None:
         if self._updates is not None:

@@ -85,6 +85,8 @@ class DelayedMPStrategy(StartingStrategy):
             slowest stage faster by more than 5 %.
         slack: So many batches more than necessary are in flight between neighbours, to hide a link that is slow beside
             a batch; each makes gradients older by as many batches for every stage that follows.
+        memory_limit: The most bytes that a stage may need: only such cuts are made, and if there are none it is an
+            error before training; by default, on CUDA, the memory of the smallest device.
         message_dtype: Activations and errors of training with more bits travel as this, such as ``torch.bfloat16``; by
             default as they are, which under autocast is its dtype.
         save_distributed_checkpoint: Whether checkpoints are folders into which each process writes what it holds, so
@@ -113,6 +115,7 @@ class DelayedMPStrategy(StartingStrategy):
         synchronous_steps: int = 0,
         balance: Literal["flops", "measured"] = "flops",
         slack: int = 0,
+        memory_limit: int | None = None,
         message_dtype: torch.dtype | None = None,
         save_distributed_checkpoint: bool = False,
         load_weights: str | Path | None = None,
@@ -121,7 +124,7 @@ class DelayedMPStrategy(StartingStrategy):
     ) -> None:
         check_arguments(type(self), kwargs)
         remedies = Remedies(predict_weights, lr_discount_steps, correct_updates, synchronous_steps)
-        options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack, balance)
+        options = Options(virtual, split_at, backward, tied, message_dtype, remedies, slack, balance, memory_limit)
         super().__init__(num_stages, data_parallel_size, virtual, timeout, save_distributed_checkpoint, **kwargs)
         self._options, self.slack, self._weights_path = options, slack, load_weights
         self._undo_callbacks: Callable[[], None] = _nothing
@@ -220,7 +223,7 @@ class DelayedMPStrategy(StartingStrategy):
             self.learned.before_step()
         # A step may take its batch apart; where it runs twice, it may not even change the tensors.
         runs_twice = self._options.backward != "stash"
-        fresh = copied_tensors if runs_twice else partial(map_leaves, _same)
+        fresh = copied_tensors if runs_twice else partial(map_leaves, lambda leaf: leaf)
         objects_of_now = attributes_of_now(*objects_in((args, kwargs)) if runs_twice else ())
 
         is_first = module.trainer.fit_loop.batch_idx % module.trainer.accumulate_grad_batches == 0
@@ -393,7 +396,3 @@ if "delayed_mp" not in StrategyRegistry:
 
 
 def _nothing() -> None: ...
-
-
-def _same(leaf: Any) -> Any:
-    return leaf

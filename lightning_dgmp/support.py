@@ -25,6 +25,7 @@ from lightning_dgmp.host import (
     callbacks,
     is_overridden,
 )
+from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.stage.shadow import Shadow
 
 _AVERAGING = callbacks.StochasticWeightAveraging, callbacks.WeightAveraging
@@ -37,6 +38,7 @@ __all__ = [
     "check_devices",
     "check_optimizers",
     "check_supported",
+    "checked_trace",
     "tied_in_memory",
 ]
 
@@ -205,6 +207,16 @@ def check_optimizers(optimizers: list[Any], virtual: bool) -> None:
                 " processes with the same parameters, but stages have different ones. Use the optimizer inside of it:"
                 " each stage keeps the state of its own parameters alone."
             )
+
+
+def checked_trace(trace: Trace, backward: str) -> Trace:
+    """``trace``, unless it is of a step that cannot run twice but has to."""
+    if backward != "stash" and trace.changed_frozen:
+        raise MisconfigurationException(
+            f"`backward={backward!r}` runs steps twice, but `training_step` changes frozen parameters in place, such as"
+            f" `{min(trace.changed_frozen)}`. Change them in a hook, or use `backward='stash'`."
+        )
+    return trace
 
 
 def _argument_names(function: object) -> tuple[str, ...]:

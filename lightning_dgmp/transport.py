@@ -345,6 +345,7 @@ class _Outbox:
         try:
             while isinstance(item := self.queue.get(), Staged):
                 self.wire.send(item)
+                del item  # it would stay until the next one comes
             self.wire.send_end(*item)
         except Exception as error:
             self.broken = Broken(-1, str(error))

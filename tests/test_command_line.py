@@ -65,7 +65,32 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert "refused" in forty
     memory = two["stages"][0]["memory"]
     assert memory["total"] == sum(value for name, value in memory.items() if name != "total")
-    assert memory["parameters"] == memory["snapshots"] == memory["optimizer"] / 2 > 20_000
+    assert memory["parameters"] == memory["snapshots"] / 2 == memory["gradients"] > 20_000
+    assert memory["optimizer"] == 0  # of SGD
+
+
+def test_plan_with_a_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "plan",
+        "tests.models:MLP",
+        "--args",
+        '{"width": 256}',
+        "--data",
+        "tests.models:vectors",
+        "--stages",
+        "1",
+        "2",
+    ]
+    code, out, _ = run(capsys, *argv, "--json")
+    one, two = (max(stage["memory"]["total"] for stage in plan["stages"]) for plan in json.loads(out))
+    code, out, _ = run(capsys, *argv, "--memory-limit", f"{(one + two) / 2:g}")
+    assert code == 0
+    assert f"with the cuts that need least stages need up to {one / 1e6:.1f} MB" in out
+    assert "What would do: `num_stages=2` (" in out
+    assert out.count("first module") == 1
+    with pytest.raises(SystemExit):
+        run(capsys, *argv, "--memory-limit", "-1")
+    assert "must be a number of bytes above 0, such as 20e9, but is '-1'" in capsys.readouterr().err
 
 
 def test_plan_of_a_data_module_with_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ unit of its own, and every stage that has a use of it holds a copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -203,11 +203,25 @@ def stage_cost(cuts: Cuts, start: int, end: int) -> float:
     return sum(cuts.costs[start:end]) + _PER_SENT_BYTE * (cuts.nbytes[start] + cuts.nbytes[end])
 
 
-def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
-    """The ``num_stages - 1`` possible cuts for which the slowest stage is fastest.
+def choose_cuts(
+    cuts: Cuts,
+    num_stages: int,
+    cost: Callable[[int, int, int], float] | None = None,
+    fits: Callable[[int, int, int], bool] = lambda *_: True,
+) -> list[int] | None:
+    """The ``num_stages - 1`` possible cuts for which the slowest stage is fastest; ``None`` if none fit.
 
     Exact dynamic programming over the possible cuts: ``best[k][c]`` is the least cost of the slowest among ``k`` stages
     that hold the units below ``c``.
+
+    Args:
+        cuts: Those of the trace.
+        num_stages: How many stages to make.
+        cost: Of the stage ``k`` that holds ``units[start:end]``, as ``cost(start, end, k)``; by default its time.
+        fits: In the same way, whether there can be such a stage.
+
+    Raises:
+        PlanError: If there are too few possible cuts.
     """
     ends = [0, *cuts.possible, len(cuts.units)]
     if num_stages < 1:
@@ -224,9 +238,10 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
         )
     total = [0.0, *accumulate(cuts.costs)]
 
-    def cost(i: int, j: int) -> float:
-        start, end = ends[i], ends[j]
+    def time(start: int, end: int, stage: int) -> float:
         return total[end] - total[start] + _PER_SENT_BYTE * (cuts.nbytes[start] + cuts.nbytes[end])
+
+    cost = time if cost is None else cost
 
     best = [[math.inf] * len(ends) for _ in range(num_stages + 1)]
     origin = [[0] * len(ends) for _ in range(num_stages + 1)]
@@ -234,9 +249,14 @@ def choose_cuts(cuts: Cuts, num_stages: int) -> list[int]:
     for k in range(1, num_stages + 1):
         for j in range(k, len(ends)):
             for i in range(k - 1, j):
-                slowest = max(best[k - 1][i], cost(i, j))
-                if slowest < best[k][j]:
+                if best[k - 1][i] >= best[k][j]:
+                    continue
+                stage = ends[i], ends[j], k - 1
+                slowest = max(best[k - 1][i], cost(*stage))
+                if slowest < best[k][j] and fits(*stage):
                     best[k][j], origin[k][j] = slowest, i
+    if best[num_stages][-1] == math.inf:
+        return None
     chosen: list[int] = []
     j = len(ends) - 1
     for k in range(num_stages, 0, -1):

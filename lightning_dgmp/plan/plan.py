@@ -13,7 +13,9 @@ from typing import NamedTuple
 from torch import nn
 
 from lightning_dgmp.plan.crossing import changed_by, overwritten_on, values_to_send
-from lightning_dgmp.plan.cut import Cuts, PlanError, choose_cuts, cuts_before
+from lightning_dgmp.plan.cut import Cuts, PlanError, cuts_before
+from lightning_dgmp.plan.limit import cuts_that_fit
+from lightning_dgmp.plan.memory import Budget, Parts, Sizes
 from lightning_dgmp.plan.record import Trace
 from lightning_dgmp.plan.table import StageSummary, table_of
 from lightning_dgmp.schedule import delays_of
@@ -155,6 +157,7 @@ def make_plan(
     split_at: Sequence[str] | None = None,
     slack: int = 0,
     costs: Sequence[float] | None = None,
+    budget: Budget | None = None,
 ) -> Plan:
     """Divide what ``trace`` shows among ``num_stages`` stages.
 
@@ -165,9 +168,10 @@ def make_plan(
         split_at: Paths of the modules with which the stages 1, 2, ... begin; by default the best ones are found.
         slack: How many batches more than necessary are in flight between neighbours.
         costs: Of each unit of the trace, if they are better known than from the trace.
+        budget: What a stage may hold, and what decides how much it does.
 
     Raises:
-        PlanError: If the step cannot be divided so.
+        PlanError: If the step cannot be divided so, or if stages would hold too much.
     """
     if trace.returned_none:
         raise PlanError(
@@ -183,10 +187,9 @@ def make_plan(
         )
     if costs is not None:
         cuts.costs = list(costs)
-    if split_at is None:
-        positions = choose_cuts(cuts, num_stages)
-    else:
-        positions = cuts_before(cuts, root, num_stages, list(split_at))
+    parts = Parts(cuts, budget or Budget())
+    given = None if split_at is None else cuts_before(cuts, root, num_stages, list(split_at))
+    positions = cuts_that_fit(parts, given, num_stages, slack)
 
     def stage(height: int) -> int:
         return bisect_right(positions, height)
@@ -204,6 +207,7 @@ def make_plan(
         [sum(cuts.costs[a:b]) for a, b in pairwise(bounds)],
         slack,
         bounds,
+        [parts.sizes(a, b) for a, b in pairwise(bounds)],
     )
 
 
@@ -248,6 +252,7 @@ def _lay_out(
     costs: list[float],
     slack: int = 0,
     bounds: Sequence[int] = (),
+    sizes: Sequence[Sizes] = (),
 ) -> Plan:
     num_stages = len(costs)
     modules, owners = _owners(trace, root, op_stages, parameters)
@@ -272,9 +277,6 @@ def _lay_out(
     }
 
     held = [[trace.parameters[name] for name, stages in parameters.items() if k in stages] for k in range(num_stages)]
-    made: list[dict[int, int]] = [{} for _ in range(num_stages)]  # the bytes of each storage
-    for value, stage in zip(trace.values, value_stages):
-        made[stage][value.storage] = max(made[stage].get(value.storage, 0), value.nbytes)
     summaries = []
     for k in range(num_stages):
         own = [trace.calls[i].path for i in sorted(visible) if owners[i] == k and trace.calls[i].ops]
@@ -286,9 +288,7 @@ def _lay_out(
                 costs[k],
                 sum(p.numel for p in held[k]),
                 sum(t.nbytes for t in transfers if t.source == k),
-                sum(p.nbytes for p in held[k]),
-                sum(p.nbytes for p in held[k] if p.requires_grad),
-                sum(made[k].values()),
+                sizes[k] if sizes else Sizes(),
             )
         )
     paths = {trace.calls[i].path for i in visible}

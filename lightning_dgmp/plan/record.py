@@ -43,7 +43,8 @@ class Op:
     """An operation on values.
 
     ``call`` is the innermost module call that it happens in, -1 outside of all; ``checkpoint`` numbers the function of
-    :func:`torch.utils.checkpoint.checkpoint` that it happens in.
+    :func:`torch.utils.checkpoint.checkpoint` that it happens in; ``kept`` has the bytes of each memory that its
+    backward needs, apart from those of parameters.
     """
 
     time: int
@@ -56,6 +57,7 @@ class Op:
     flops: int = 0
     nbytes: int = 0
     outputs: list[int] = field(default_factory=list)
+    kept: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from lightning_dgmp.plan.memory import Sizes
 
 __all__ = ["StageSummary", "table_of"]
 
@@ -21,9 +23,7 @@ class StageSummary:
         cost: Of its forward, backward and update, in floating point operations or what takes as long.
         num_parameters: How many numbers it holds.
         bytes_sent: To other stages, for one batch.
-        parameter_bytes: Of its parameters.
-        trained_bytes: Of those that are trained.
-        value_bytes: Of all values that depend on parameters and are made in one forward.
+        sizes: What decides how much memory it takes.
     """
 
     first_module: str
@@ -31,9 +31,7 @@ class StageSummary:
     cost: float
     num_parameters: int
     bytes_sent: int
-    parameter_bytes: int = 0
-    trained_bytes: int = 0
-    value_bytes: int = 0
+    sizes: Sizes = field(default_factory=Sizes)
 
 
 def table_of(stages: Sequence[StageSummary], shared: Mapping[str, Sequence[int]], remarks: Sequence[str] = ()) -> str:

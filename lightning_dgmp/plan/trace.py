@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,11 +25,12 @@ from lightning_dgmp.calls import (
     intercepted_calls,
     no_backward_hooks,
 )
-from lightning_dgmp.ghost import Ghost, GhostError, GhostRead, GhostWritten, left_behind
+from lightning_dgmp.ghost import STORAGE_IDS, Ghost, GhostError, GhostRead, GhostWritten, left_behind
 from lightning_dgmp.nests import is_same, map_leaves, marks, replace_leaves, tensors_in, values_in
 from lightning_dgmp.objects import modules_beside
 from lightning_dgmp.operations import GhostMode, Result, shares_memory
 from lightning_dgmp.plan.changes import Kept, Toggles
+from lightning_dgmp.plan.kept import Checkpoints, Graph
 from lightning_dgmp.plan.record import Appearance, Call, Op, ParameterInfo, Trace, Value
 from lightning_dgmp.plan.restore import is_plain, untouched
 
@@ -114,7 +113,9 @@ class _Tracer(GhostMode):
         self.is_over = False
         self._time = self._functions_open = 0
         self._values: list[weakref.ref[Ghost]] = []
-        self._checkpoints = _Checkpoints()
+        self._checkpoints = Checkpoints()
+        self._graph = Graph(self, STORAGE_IDS)
+        self._calling: tuple[Any, Any, Mapping[str, Any]] = (), (), {}
         self.written, self.take_over = _Written(self), self._take_over
 
     # ----- calls
@@ -189,6 +190,7 @@ class _Tracer(GhostMode):
                 )
         if getattr(func, "__name__", "") == "register_hook" and isinstance(args[0], Ghost) and args[0].vid >= 0:
             self.trace.touched.append((self._tick(), self._open[-1] if self._open else -1, args[0].vid))
+        self._calling = func, args, kwargs
         return super().call(func, args, kwargs)
 
     def observe(
@@ -219,6 +221,8 @@ class _Tracer(GhostMode):
                     self.trace.changes.setdefault(ghost.storage_id, []).append(op.time)
                 self._values.append(weakref.ref(ghost))
                 op.outputs.append(ghost.vid)
+        kept = self._graph.kept(*self._calling, outputs, changed)
+        op.kept = {number: nbytes for number, nbytes in kept.items() if number not in self._name_of_storage}
 
     def _note_changed_parameter(self, name: str, changed: Ghost) -> None:
         parameter = self._name_of_storage.get(changed.storage_id)
@@ -369,30 +373,3 @@ class _Written(TorchFunctionMode):
         if self.pairs:
             args, kwargs = map_leaves(self._current, args), map_leaves(self._current, kwargs)
         return func(*args, **kwargs)
-
-
-class _Checkpoints:
-    """Numbers the functions of activation checkpointing, which leave no other trace than their frames."""
-
-    def __init__(self) -> None:
-        self._frame: FrameType | None = None  # held, so that no later frame has its place
-        self._count = -1
-
-    def current(self) -> int | None:
-        """The number of the outermost one that is running."""
-        frame: FrameType | None = sys._getframe(1)
-        outermost = None
-        while frame is not None:
-            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-                outermost = frame
-            frame = frame.f_back
-        if outermost is None:
-            self.forget()
-            return None
-        if outermost is not self._frame:
-            self._frame = outermost
-            self._count += 1
-        return self._count
-
-    def forget(self) -> None:
-        self._frame = None

@@ -51,7 +51,7 @@ def fit_and_move(folder: str, model: Any, loader: Any, cuts: list[str] | None, d
     if kwargs.pop("flushes", True):
         args |= {"make_val_loader": loader, "enable_checkpointing": True, "callbacks": [save]}
 
-    def better(trace: Any, root: nn.Module, plan: Any, measured: Any, slack: int) -> Any:
+    def better(trace: Any, root: nn.Module, plan: Any, measured: Any, slack: int, budget: Any) -> Any:
         return make_plan(trace, root, num_stages, starts, slack), 0.1
 
     with (
