@@ -243,22 +243,24 @@ class _StatefulSharedLoader(_SharedLoader):
 
 
 def check_sampler(loader: Any, num_replicas: int, replica: int) -> None:
-    """Let a user's sampler divide the data among replicas, not among processes.
+    """Let a user's sampler or data set divide the data among replicas, not among processes.
 
     Raises:
         MisconfigurationException: If it is not known how.
     """
-    for sampler in _samplers(loader):
-        num, rank = _integer(sampler, "num_replicas", "world_size", "num_shards"), _integer(sampler, "rank")
+    for sampler in _dividers(loader):
+        num = _integer(sampler, "num_replicas", "world_size", "num_shards")
+        rank = _integer(sampler, "rank", "global_rank")
         if num is None or rank is None or (num, rank) == (num_replicas, replica):
             continue
         if num == 1 and not isinstance(sampler, DistributedSampler):  # it does not divide
             continue
         if type(sampler) is not DistributedSampler:
             raise MisconfigurationException(
-                f"A sampler must divide the data among the replicas, but `{type(sampler).__name__}` divides them among"
-                f" {num} processes, of which the stages of one replica are several. Pass it"
-                " `num_replicas=trainer.strategy.data_parallel_size` and `rank=trainer.strategy.replica`."
+                f"Data must be divided among the replicas, but `{type(sampler).__name__}` divides them among {num}"
+                " processes, of which the stages of one replica are several. Pass it"
+                " `num_replicas=trainer.strategy.data_parallel_size` and `rank=trainer.strategy.replica`, or make it in"
+                " the hook that makes the loader, where `torch.distributed` counts the replicas."
             )
         right: DistributedSampler[Any] = DistributedSampler(
             sampler.dataset,
@@ -272,11 +274,14 @@ def check_sampler(loader: Any, num_replicas: int, replica: int) -> None:
         sampler.__dict__.update(right.__dict__)
 
 
-def _samplers(loader: Any) -> list[Any]:
-    """Those of a loader, of single items and of batches, and those inside of them."""
+def _dividers(loader: Any) -> list[Any]:
+    """Samplers of a loader, of single items and of batches, its data set, and those inside of them."""
     found = [loader]
     for owner in found:  # which grows meanwhile
-        inner = getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)
+        inner = [getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)]
+        # Hugging Face's data sets keep how they are divided in `_distributed`, those of litdata in `distributed_env`.
+        kept = getattr(owner, "__dict__", {})
+        inner += [kept.get(name) for name in ("dataset", "_distributed", "distributed_env")]
         found += [s for s in inner if s is not None and all(s is not other for other in found)]
     return found[1:]
 

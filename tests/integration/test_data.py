@@ -22,6 +22,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     Sampler,
+    Subset,
     TensorDataset,
 )
 
@@ -385,7 +386,17 @@ class Divided(Sampler[int]):
         self._num_shards, self._rank = num_shards, rank
 
 
+class OwnShard(TensorDataset):
+    """As data sets that ask torch.distributed in `setup`."""
+
+    def __init__(self, world_size: int, rank: int) -> None:
+        super().__init__(torch.zeros(8))
+        self.world_size, self.rank = world_size, rank
+
+
 SAMPLERS = {
+    "data set": lambda *where: {"dataset": OwnShard(*where)},
+    "data set inside": lambda *where: {"dataset": Subset(OwnShard(*where), range(4))},
     "subclass": lambda *where: {"sampler": OwnDistributed(items(), *where)},
     "own": lambda *where: {"sampler": Divided(*where)},
     "of batches": lambda *where: {"batch_sampler": OwnDistributed(items(), *where)},
@@ -395,10 +406,10 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 def test_samplers_that_divide_among_processes_are_refused(make: Any) -> None:
-    check_sampler(DataLoader(items(), **make(2, 1)), 2, 1)
+    check_sampler(DataLoader(**{"dataset": items(), **make(2, 1)}), 2, 1)
     for where in [(2, 0), (4, 1)]:
         with pytest.raises(MisconfigurationException, match=f"divides them among {where[0]} processes"):
-            check_sampler(DataLoader(items(), **make(*where)), 2, 1)
+            check_sampler(DataLoader(**{"dataset": items(), **make(*where)}), 2, 1)
 
 
 def test_a_sampler_of_one_process_divides_nothing() -> None:
