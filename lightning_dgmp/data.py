@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_dgmp.ghost import GhostRead
 from lightning_dgmp.host import MisconfigurationException, sized_len
@@ -23,7 +23,7 @@ from lightning_dgmp.transport import DATA, REQUESTS, Transport
 from lightning_dgmp.wire import Message, Wish
 from lightning_dgmp.withheld import Lender, StandIns
 
-__all__ = ["Feed", "Together", "check_sampler", "own_loader"]
+__all__ = ["Feed", "Together", "check_division", "own_loader"]
 
 _END = object()
 
@@ -242,7 +242,7 @@ class _StatefulSharedLoader(_SharedLoader):
             self._loader.load_state_dict(state_dict)
 
 
-def check_sampler(loader: Any, num_replicas: int, replica: int) -> None:
+def check_division(loader: Any, num_replicas: int, replica: int) -> None:
     """Let a user's sampler or data set divide the data among replicas, not among processes.
 
     Raises:
@@ -278,15 +278,19 @@ def _dividers(loader: Any) -> list[Any]:
     """Samplers of a loader, of single items and of batches, its data set, and those inside of them."""
     found = [loader]
     for owner in found:  # which grows meanwhile
-        inner = [getattr(owner, "sampler", None), getattr(owner, "batch_sampler", None)]
         # Hugging Face's data sets keep how they are divided in `_distributed`, those of litdata in `distributed_env`.
-        kept = getattr(owner, "__dict__", {})
-        inner += [kept.get(name) for name in ("dataset", "_distributed", "distributed_env")]
+        names = "sampler", "batch_sampler", "dataset", "_distributed", "distributed_env"
+        inner = [_attribute(owner, name) for name in names]
         found += [s for s in inner if s is not None and all(s is not other for other in found)]
     return found[1:]
 
 
-def _integer(sampler: Any, *names: str) -> int | None:
+def _attribute(owner: Any, name: str) -> Any:
+    """The attribute, or ``None``. A data set may make an item of any name, so that only what it keeps counts."""
+    return getattr(owner, "__dict__", {}).get(name) if isinstance(owner, Dataset) else getattr(owner, name, None)
+
+
+def _integer(owner: Any, *names: str) -> int | None:
     """The attribute of the first of these names, which may be private."""
-    values = (getattr(sampler, prefix + name, None) for name in names for prefix in ("", "_"))
+    values = (_attribute(owner, prefix + name) for name in names for prefix in ("", "_"))
     return next((value for value in values if isinstance(value, int)), None)

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from lightning_dgmp.callbacks import reads_outputs
-from lightning_dgmp.data import Feed, check_sampler, own_loader
+from lightning_dgmp.data import Feed, check_division, own_loader
 from lightning_dgmp.evaluation import Evaluation
 from lightning_dgmp.host import Trainer
 from lightning_dgmp.learned import Learned
@@ -97,7 +97,7 @@ class EvaluatingStrategy(SavingStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         if self._feed is None:
             return dataloader
-        check_sampler(own_loader(dataloader), self.data_parallel_size, self.replica)
+        check_division(own_loader(dataloader), self.data_parallel_size, self.replica)
         return self._feed.wrap(dataloader)
 
     # ----- evaluation

@@ -6,10 +6,10 @@ ahead and one that sends, so that the training thread waits only for what is not
 
     training thread   send() -> queue -> sending thread ~~ peer's receiving thread -> queue -> receive()
 
-Messages describe themselves: a header of integers (kind, batch, flags, shapes), then the tensors. A third direction
-brings the batches of data from stage 0 to all others, two more let these ask it for more of them, one brings the
-gradients of parameters that live on several stages, one reports to the last stage, and one norms of gradients back that
-hooks may change.
+Messages describe themselves: integers first (kind, batch, flags, shapes), with which small tensors travel, then the
+large ones. A third direction brings the batches of data from stage 0 to all others, two more let these ask it for more
+of them, one brings the gradients of parameters that live on several stages, one reports to the last stage, and one
+norms of gradients back that hooks may change.
 
 With gloo, tensors of an accelerator travel through pinned host memory, so several stages can share one device. With
 NCCL the headers still go over gloo and the tensors straight from device to device, one communicator a pair and

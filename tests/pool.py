@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-__all__ = ["CONTEXT", "Failure", "WorkerPool", "free_port"]
+__all__ = ["CONTEXT", "Failure", "WorkerPool", "exit_codes", "free_port"]
 
 CONTEXT = multiprocessing.get_context("forkserver")  # processes begin with everything imported
 CONTEXT.set_forkserver_preload(["tests.preload"])
@@ -180,6 +180,17 @@ def _ends_soon(goes_on: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def exit_codes(function: Callable[..., Any], world_size: int, *args: Any) -> list[int | None]:
+    """How processes end that run ``function(rank, port, *args)``, by ranks; ``None``: not within a minute."""
+    port = free_port()
+    workers = [CONTEXT.Process(target=function, args=(rank, port, *args)) for rank in range(world_size)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    return [worker.exitcode for worker in workers]
 
 
 def free_port() -> int:

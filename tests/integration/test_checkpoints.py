@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dgmp import DelayedMPStrategy
 from tests import models
-from tests.pool import CONTEXT, Failure, WorkerPool, free_port
+from tests.pool import Failure, WorkerPool, exit_codes
 from tests.training import assert_equal, fit
 
 
@@ -199,14 +199,9 @@ def save_and_die(rank: int, port: int, folder: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["write", "replace"])
 def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> None:
-    port = free_port()
-    workers = [CONTEXT.Process(target=save_and_die, args=(rank, port, str(tmp_path), where)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert workers[0].exitcode == -signal.SIGKILL
-    assert workers[1].exitcode not in (None, 0)
+    killed, other = exit_codes(save_and_die, 2, str(tmp_path), where)
+    assert killed == -signal.SIGKILL
+    assert other not in (None, 0)
     assert (tmp_path / "last.ckpt.part").exists()
     module = models.MLP.load_from_checkpoint(tmp_path / "last.ckpt", width=400, weights_only=True)
     assert module.state_dict().keys() == models.MLP().state_dict().keys()

@@ -26,7 +26,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_dgmp.data import check_sampler
+from lightning_dgmp.data import check_division
 from lightning_dgmp.nests import leaves
 from lightning_dgmp.withheld import StandIns
 from tests import models
@@ -406,11 +406,25 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 def test_samplers_that_divide_among_processes_are_refused(make: Any) -> None:
-    check_sampler(DataLoader(**{"dataset": items(), **make(2, 1)}), 2, 1)
+    check_division(DataLoader(**{"dataset": items(), **make(2, 1)}), 2, 1)
     for where in [(2, 0), (4, 1)]:
         with pytest.raises(MisconfigurationException, match=f"divides them among {where[0]} processes"):
-            check_sampler(DataLoader(**{"dataset": items(), **make(*where)}), 2, 1)
+            check_division(DataLoader(**{"dataset": items(), **make(*where)}), 2, 1)
+
+
+class Columns(Dataset[int]):
+    """Gives its columns as attributes, as data frames do."""
+
+    def __getattr__(self, name: str) -> Any:
+        return {"x": [1, 2]}[name]
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_data_set_may_make_items_of_names() -> None:
+    check_division(DataLoader(Columns()), 2, 1)
 
 
 def test_a_sampler_of_one_process_divides_nothing() -> None:
-    check_sampler(DataLoader(items(), sampler=Divided(1, 0)), 2, 1)
+    check_division(DataLoader(items(), sampler=Divided(1, 0)), 2, 1)

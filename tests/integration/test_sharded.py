@@ -23,7 +23,7 @@ from lightning_dgmp.sharded import is_sharded, load_sharded, put_in_place
 from lightning_dgmp.world import World
 from tests import models
 from tests.integration.test_checkpoints import fit_and_save
-from tests.pool import CONTEXT, Failure, WorkerPool, free_port
+from tests.pool import Failure, WorkerPool, exit_codes
 from tests.scripts import run
 from tests.training import assert_equal, fit
 
@@ -134,14 +134,9 @@ def save_and_die(rank: int, port: int, folder: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["write", "rename"])
 def test_a_kill_leaves_the_previous_checkpoint(tmp_path: Path, where: str) -> None:
-    port = free_port()
-    workers = [CONTEXT.Process(target=save_and_die, args=(rank, port, str(tmp_path), where)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert -signal.SIGKILL in [worker.exitcode for worker in workers]
-    assert None not in [worker.exitcode for worker in workers]
+    codes = exit_codes(save_and_die, 2, str(tmp_path), where)
+    assert -signal.SIGKILL in codes
+    assert None not in codes
     path = tmp_path / "last.ckpt"
     assert path.exists() == (where == "write")
     assert is_sharded(path)
